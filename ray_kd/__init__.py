@@ -1,0 +1,1 @@
+"""Distil large language models into small ones on a Ray cluster."""

@@ -1,0 +1,300 @@
+"""The configuration of a run: YAML, then `key=value` overrides, closed.
+
+An unknown key fails with the nearest one; a value of the wrong type fails by name. Plug-in options
+(`source`, `format`, `engine`, `divergence`) are checked against the plug-in's own Config by `plugins.options`.
+No torch and no ray here, so a recipe loads on a laptop.
+"""
+
+import ast
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+
+from ray_kd import plugins
+from ray_kd.errors import ConfigError
+
+
+@dataclass
+class Run:
+    dir: str = MISSING
+    """Where everything of the run goes; the same dir resumes it. A local path or a URI (s3://bucket/run)."""
+    seed: int = 0
+    """Seeds the order of rows, the eval split and dropout."""
+
+
+@dataclass
+class Data:
+    source: Any = MISSING
+    """Where records come from: {kind: jsonl | parquet | text | huggingface, ...}."""
+    format: Any = field(default_factory=lambda: {"kind": "messages"})
+    """How a record becomes tokens and labels: {kind: text | messages | prompt_completion | alpaca | sharegpt}."""
+    eval_source: Any = None
+    """Held-out records, same schema and format as source; at most one of eval_source and eval_fraction."""
+    eval_fraction: float = 0.0
+    """Fraction of documents held out for evaluation, chosen by document hash (duplicates stay on one side)."""
+    sequence_length: int = 512
+    """Tokens in a packed row; longer documents are split and counted."""
+    prepared_dir: str | None = None
+    """Folder of the prepared data, reused by later runs. Default: <run.dir>/../prepared."""
+    max_bad_fraction: float = 0.05
+    """Above this fraction of quarantined records the run stops with exit code 65."""
+
+
+@dataclass
+class Pool:
+    min_actors: int = 1
+    """Teacher actors kept alive while the stream runs."""
+    max_actors: int = 1
+    """Teacher actors the pool may grow to."""
+    num_cpus: float = 0.5
+    """Logical CPUs per teacher actor."""
+    num_gpus: float = 0
+    """GPUs per teacher actor; fractions share one."""
+    label_selector: dict[str, str] = field(default_factory=dict)
+    """Ray node labels that a teacher's node must carry, for example {ray-kd.io/pool: teacher}."""
+
+
+@dataclass
+class Cache:
+    mode: str = "disabled"
+    """disabled. (write_through and read arrive with the teacher cache; until then they are refused.)"""
+    path: str | None = None
+    """Folder of cached teacher answers. Default: <run.dir>/../teacher_cache."""
+
+
+@dataclass
+class Teacher:
+    model: str = MISSING
+    """Local folder or Hugging Face hub id of the teacher."""
+    revision: str | None = None
+    """Hub revision of the teacher (branch, tag or commit); recorded in the model card."""
+    engine: Any = field(default_factory=lambda: {"kind": "hf"})
+    """What computes the teacher's answers: {kind: hf}."""
+    top_k: int = 64
+    """Log-probabilities kept per target token, the most likely first; vocabulary size = everything."""
+    batch_size: int = 4
+    """Rows per teacher forward; caps the engine's sub-batches, does not change any result."""
+    dtype: str = "auto"
+    """Weights' type: auto (as saved) | float32 | bfloat16 | float16."""
+    run_ahead_rows: int = 64
+    """How many rows the teacher may be ahead of the student; bounds the object store and the work lost in a crash."""
+    threads: int | None = None
+    """CPU threads per teacher actor. Default: physical cores shared out between teachers and workers."""
+    pool: Pool = field(default_factory=Pool)
+    cache: Cache = field(default_factory=Cache)
+
+
+@dataclass
+class StudentInit:
+    layers: Any = MISSING
+    """How many teacher layers to keep (chosen by `select`), or an explicit list of layer indices."""
+    select: str = "block_influence"
+    """How to choose when `layers` is a number: block_influence (1 - cos of a layer's input and output)."""
+
+
+@dataclass
+class Student:
+    model: str | None = None
+    """Local folder or hub id of the student; exactly one of model and init."""
+    revision: str | None = None
+    """Hub revision of the student."""
+    init: StudentInit | None = None
+    """Make the student from the teacher's layers: {layers: 15, select: block_influence}."""
+    dtype: str = "float32"
+    """Training type: float32 | bfloat16 | float16 (fp32 master weights in all of them)."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    liger: str = "auto"
+    """Liger kernels for the student: auto (on CUDA, where the architecture is supported) | never."""
+
+
+@dataclass
+class Loss:
+    divergence: Any = field(default_factory=lambda: {"kind": "forward_kl"})
+    """forward_kl | reverse_kl | jsd | ..., as a name or {kind: jsd, beta: 0.3}."""
+    tail: str = "bucket"
+    """The mass outside the top k: bucket (one more outcome) | renormalize | drop (forward KL only)."""
+    temperature: float = 1.0
+    """Softmax temperature of teacher and student; the loss carries its square."""
+    kd_weight: float = 1.0
+    """Weight of the distillation term."""
+    ce_weight: float = 0.0
+    """Weight of the cross-entropy with the labels."""
+    chunk_size: int = 256
+    """Tokens per chunk of logits: the loss holds [chunk_size, vocabulary] at a time."""
+
+
+@dataclass
+class Train:
+    num_workers: int = 1
+    """Training processes (DeepSpeed ranks)."""
+    cpus_per_worker: float = 0.5
+    """Logical CPUs per worker."""
+    gpus_per_worker: float = 0
+    """GPUs per worker; 0 trains on CPU."""
+    label_selector: dict[str, str] = field(default_factory=dict)
+    """Ray node labels that a worker's node must carry, for example {ray-kd.io/pool: student}."""
+    zero_stage: int = 2
+    """DeepSpeed ZeRO stage: 0 | 1 | 2 | 3."""
+    micro_batch_size: int = 1
+    """Rows per forward and backward on one worker."""
+    global_batch_size: int = 8
+    """Rows per optimiser step over all workers; a multiple of num_workers x micro_batch_size."""
+    epochs: int = 1
+    """Passes over the data; whichever of epochs and max_steps ends first ends the run."""
+    max_steps: int | None = None
+    """Optimiser steps at most."""
+    learning_rate: float = 2.0e-4
+    """Peak learning rate of AdamW."""
+    schedule: str = "cosine"
+    """After the warm-up: cosine | linear (both to 0) | constant."""
+    warmup_steps: int = 10
+    """Steps of linear warm-up."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of matrices; biases and norms have none."""
+    max_grad_norm: float = 1.0
+    """Gradient clipping by global norm; 0 turns it off."""
+    checkpoint_every: int = 100
+    """Steps between checkpoints; the last step is always saved."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept."""
+    eval_every: int = 100
+    """Steps between evaluations on the held-out rows; 0 evaluates only before and after."""
+    log_every: int = 1
+    """Steps between lines of metrics.jsonl; the last step is always logged."""
+    max_failures: int = 3
+    """Worker-group restarts before the run gives up; each goes on from the newest checkpoint."""
+    threads_per_worker: int | None = None
+    """CPU threads per worker. Default: physical cores shared out between teachers and workers."""
+    timeout_s: float = 1800.0
+    """Longest wait for a collective operation or for the next rows before the attempt fails."""
+
+
+@dataclass
+class Eval:
+    max_rows: int = 256
+    """Held-out rows used, the same each time; 0 uses all."""
+    batch_size: int = 4
+    """Rows per forward in evaluation."""
+
+
+@dataclass
+class Cluster:
+    address: str | None = None
+    """Ray cluster to join (auto, host:port or ray://...). Default: RAY_ADDRESS, else a new local Ray."""
+    dashboard: bool | None = None
+    """Start the dashboard with a new local Ray. Default: false."""
+
+
+@dataclass
+class RunConfig:
+    run: Run = field(default_factory=Run)
+    data: Data = field(default_factory=Data)
+    teacher: Teacher = field(default_factory=Teacher)
+    student: Student = field(default_factory=Student)
+    loss: Loss = field(default_factory=Loss)
+    train: Train = field(default_factory=Train)
+    eval: Eval = field(default_factory=Eval)
+    cluster: Cluster = field(default_factory=Cluster)
+
+
+def load(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML file, apply `key=value` overrides and return the typed config.
+
+    Raises ConfigError (one line) for a missing or malformed file, an unknown key (with the nearest one),
+    a value of the wrong type and a required key that is missing.
+    """
+    merged = OmegaConf.structured(RunConfig)
+    if path is not None:
+        merged = _merge(merged, _read_yaml(Path(path)), where=str(path))
+    for override in overrides:
+        if "=" not in override:
+            raise ConfigError(f"override '{override}' is not key=value (for example train.max_steps=50)")
+        try:
+            parsed = OmegaConf.from_dotlist([override])
+        except Exception as error:  # a YAML scanner error of whatever the user typed
+            raise ConfigError(f"override '{override}' cannot be read: {str(error).splitlines()[0]}") from error
+        assert isinstance(parsed, DictConfig)
+        merged = _merge(merged, parsed, where=f"override '{override}'")
+    try:
+        config = OmegaConf.to_object(merged)
+    except MissingMandatoryValue as error:
+        raise ConfigError(f"{error.full_key} is missing: set it in the YAML or with {error.full_key}=...") from error
+    except OmegaConfBaseException as error:
+        raise ConfigError(str(error).splitlines()[0]) from error
+    assert isinstance(config, RunConfig)
+    return config
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The resolved config as YAML, with anything that looks like a secret masked."""
+    return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """The resolved config as plain containers, secrets masked."""
+    plain = OmegaConf.to_container(OmegaConf.structured(config), resolve=True)
+    masked = _mask(plain)
+    assert isinstance(masked, dict)
+    return masked
+
+
+def describe() -> Iterator[tuple[str, plugins.Field]]:
+    """(dotted key, field) for every key of the config, in order, read from this file's own source."""
+    tree = ast.parse(Path(__file__).read_text())
+    yield from _describe(tree, "RunConfig", "")
+
+
+def _describe(tree: ast.Module, class_name: str, prefix: str) -> Iterator[tuple[str, plugins.Field]]:
+    classes = {node.name for node in tree.body if isinstance(node, ast.ClassDef)}
+    for item in plugins.fields_of(tree, class_name):
+        nested = item.annotation.removesuffix(" | None")
+        if item.sentence or nested not in classes:
+            yield prefix + item.name, item
+        if nested in classes:
+            yield from _describe(tree, nested, f"{prefix}{item.name}.")
+
+
+def _read_yaml(path: Path) -> DictConfig:
+    if not path.is_file():
+        raise ConfigError(f"config file '{path}' does not exist")
+    try:
+        content = OmegaConf.load(path)
+    except Exception as error:  # yaml raises several unrelated classes for a malformed file
+        raise ConfigError(f"config file '{path}' is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, DictConfig):
+        raise ConfigError(f"config file '{path}' must hold a mapping of sections, not a list")
+    return content
+
+
+def _merge(base: DictConfig, update: DictConfig, where: str) -> DictConfig:
+    try:
+        merged = OmegaConf.merge(base, update)
+    except (ConfigKeyError, ConfigAttributeError) as error:
+        key = str(error.full_key)
+        raise ConfigError(f"unknown key '{key}' in {where}{plugins.nearest(key, _known_keys())}") from error
+    except OmegaConfBaseException as error:
+        key = error.full_key or "value"
+        raise ConfigError(f"{key} in {where}: {str(error.msg or error).splitlines()[0]}") from error
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def _known_keys() -> list[str]:
+    leaves = [key for key, _ in describe()]
+    sections = {".".join(key.split(".")[:depth]) for key in leaves for depth in range(1, key.count(".") + 1)}
+    return leaves + sorted(sections)
+
+
+_SECRET = re.compile(r"(^|_)(token|secret|password|api_key|access_key)s?$", re.IGNORECASE)
+
+
+def _mask(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: "***" if _SECRET.search(str(k)) and v is not None else _mask(v) for k, v in value.items()}
+    return [_mask(item) for item in value] if isinstance(value, list) else value

@@ -1,0 +1,123 @@
+"""`kind: x` -> the module x of a package: the file name is the config value.
+
+A plug-in file holds a `Config` dataclass with its options and one well-known function or class.
+A third party's file works too: a kind with a dot is imported as it stands (`my_pkg.my_divergence`).
+Listing and describing read the files without importing them, so `--help` needs no torch.
+"""
+
+import ast
+import difflib
+import importlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ray_kd.errors import ConfigError
+
+_PACKAGE = Path(__file__).parent
+
+GROUPS = {
+    "data.source": "data.sources",
+    "data.format": "data.formats",
+    "teacher.engine": "teacher.engines",
+    "loss.divergence": "losses.divergences",
+}
+"""Config key -> the sub-package its kinds live in."""
+
+
+@dataclass(frozen=True)
+class Field:
+    """One config field as written in its source file: name, annotation, default and the sentence under it."""
+
+    name: str
+    annotation: str
+    default: str | None
+    sentence: str
+
+
+def available(group: str) -> list[str]:
+    """The kinds on disk of a group such as "data.sources", sorted."""
+    folder = _PACKAGE.joinpath(*group.split("."))
+    return sorted(path.stem for path in folder.glob("*.py") if not path.stem.startswith("_"))
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """A hint `; did you mean 'x'?` for a misspelt name, or nothing when none is close."""
+    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def load(group: str, kind: str) -> ModuleType:
+    """Import the plug-in `kind` of `group`. Raises ConfigError naming the kinds on disk for an unknown one."""
+    if "." in kind:
+        try:
+            return importlib.import_module(kind)
+        except ModuleNotFoundError as error:
+            raise ConfigError(f"{group}: kind '{kind}' cannot be imported: {error}") from error
+    kinds = available(group)
+    if kind not in kinds:
+        raise ConfigError(f"{group}: unknown kind '{kind}'{nearest(kind, kinds)} Available: {', '.join(kinds)}")
+    return importlib.import_module(f"ray_kd.{group}.{kind}")
+
+
+def options(group: str, value: str | Mapping[str, Any], key: str) -> tuple[ModuleType, Any]:
+    """The plug-in module and its filled-in Config for a config value: a kind, or a mapping with `kind` and options.
+
+    key: where the value stands in the config, for messages. Raises ConfigError for an unknown kind or option,
+    a wrong type, or an option that has no default and is missing.
+    """
+    from omegaconf import MissingMandatoryValue, OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    given = {"kind": value} if isinstance(value, str) else dict(value)
+    kind = given.pop("kind", None)
+    if not isinstance(kind, str):
+        raise ConfigError(f"{key}.kind is missing. Available: {', '.join(available(group))}")
+    module = load(group, kind)
+    schema = OmegaConf.structured(module.Config)
+    for name in given:
+        if name not in schema:
+            names = list(schema.keys())
+            raise ConfigError(
+                f"{key}: unknown option '{name}' of kind '{kind}'{nearest(name, map(str, names))}"
+                f" Available: {', '.join(map(str, names)) or 'none'}"
+            )
+    try:
+        return module, OmegaConf.to_object(OmegaConf.merge(schema, given))
+    except MissingMandatoryValue as error:
+        raise ConfigError(f"{key}.{error.full_key} is missing (kind '{kind}' needs it)") from error
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{key}.{error.full_key}: {str(error.msg).splitlines()[0]}") from error
+
+
+def kind_of(value: str | Mapping[str, Any]) -> str:
+    """The kind named by a config value that is a kind or a mapping with `kind`."""
+    return value if isinstance(value, str) else str(value.get("kind"))
+
+
+def describe_kinds(group: str) -> Iterator[tuple[str, str, list[Field]]]:
+    """(kind, first sentence of the file, its Config's fields) for every kind on disk, without importing any."""
+    for kind in available(group):
+        tree = ast.parse(_PACKAGE.joinpath(*group.split("."), f"{kind}.py").read_text())
+        yield kind, (ast.get_docstring(tree) or "").split("\n")[0], fields_of(tree, "Config")
+
+
+def fields_of(tree: ast.Module, class_name: str) -> list[Field]:
+    """The annotated fields of a class in a parsed file, each with the string literal that follows it."""
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and node.name == class_name:
+            return list(_fields(node))
+    return []
+
+
+def _fields(node: ast.ClassDef) -> Iterator[Field]:
+    for statement, following in zip(node.body, [*node.body[1:], None], strict=True):
+        if not isinstance(statement, ast.AnnAssign) or not isinstance(statement.target, ast.Name):
+            continue
+        sentence = ""
+        if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
+            sentence = " ".join(str(following.value.value).split())
+        default = ast.unparse(statement.value) if statement.value is not None else None
+        yield Field(statement.target.id, ast.unparse(statement.annotation), default, sentence)

@@ -1,0 +1,48 @@
+"""The columns of a row and the alignment rule: who knows these can open any stage alone.
+
+A row is packed before the teacher sees it and has a fixed length T = `data.sequence_length`.
+Costs: 12 bytes a token for the prepared columns; the payload adds its own (`payloads/`).
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+SCHEMA_VERSION = 1
+"""Part of the prepared data's fingerprint: a change here prepares everything again."""
+
+IGNORED_LABEL = -100
+
+# Prepared columns
+ROW_ID = "row_id"  # int64: the row's index in the prepared data, stable and unique
+INPUT_IDS = "input_ids"  # int32 [T]
+LABELS = "labels"  # int32 [T], unshifted: labels[t] is input_ids[t] or -100
+POSITION_IDS = "position_ids"  # int32 [T], restarts at 0 with each packed document; padding is a document of its own
+PREPARED_COLUMNS = (ROW_ID, INPUT_IDS, LABELS, POSITION_IDS)
+
+# Added by the ordered stream
+SLOT = "slot"  # int64: the row's place in the run
+WEIGHT = "weight"  # float32: 0 = a dummy slot or a row whose teacher answer was refused
+
+# Added by the teacher stage
+TEACHER_PAYLOAD = "teacher_payload"  # binary: one encoded payload, one entry per target position
+TEACHER_BUSY_S = "teacher_busy_s"  # float32: this row's share of the seconds the engine took for its batch
+TEACHER_ERROR = "teacher_error"  # string: why the answer was refused, "" when it was not
+
+
+def target_positions(labels: NDArray[np.integer], position_ids: NDArray[np.integer]) -> NDArray[np.bool_]:
+    """Which positions are trained: t such that token t+1 is in the same document and has a label.
+
+    labels, position_ids: [..., T]. Returns a mask [..., T]; the last position is never a target.
+    Position t describes token t+1, everywhere: teacher payloads hold one entry per True, in row-major order.
+    """
+    mask = np.zeros(labels.shape, dtype=np.bool_)
+    same_document = position_ids[..., 1:] == position_ids[..., :-1] + 1
+    mask[..., :-1] = same_document & (labels[..., 1:] != IGNORED_LABEL)
+    return mask
+
+
+def next_labels(labels: NDArray[np.integer]) -> NDArray[np.integer]:
+    """labels [..., T] shifted so that entry t is the token that position t predicts; the last is -100."""
+    shifted = np.full_like(labels, IGNORED_LABEL)
+    shifted[..., :-1] = labels[..., 1:]
+    return shifted
