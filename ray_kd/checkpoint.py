@@ -1,0 +1,253 @@
+"""A checkpoint is a folder that is complete or absent: files of all ranks, `state.json`, and `manifest.json` last.
+
+In: files that ranks wrote into `begin`'s temporary folder, and a JSON state with the ledger (the next slot).
+Out: `<root>/step_00000100/`, renamed into place after everything in it was hashed and synced. Readers take only
+folders whose manifest verifies. Cost: one sha256 pass at commit (spread over the ranks with `hash_files`) and one at
+`newest_verified`. Needs a file system with an atomic rename; not torch, ray or deepspeed.
+
+On every rank:                                   on rank 0, after a barrier:
+    tmp = begin(root, step, rank); barrier           commit(tmp, root, step, next_slot, state, hashes of all ranks)
+    ... write files ...                              rotate(root, keep_last=2)
+    hashes = hash_files(tmp, my_files)
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Collection, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from ray_kd.errors import ConfigError
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+STATE = "state.json"
+_TMP = ".tmp-"
+_STEP_FOLDER = re.compile(r"step_(\d{8,})")
+
+Hashes = dict[str, dict[str, Any]]
+"""Path inside the checkpoint (POSIX) -> {"sha256": hex, "size": bytes}."""
+
+logger = logging.getLogger(__name__)
+
+
+class CorruptCheckpoint(ConfigError):
+    """A checkpoint is not what its manifest says; the message names the file and what is wrong with it."""
+
+
+def begin(root: Path, step: int, rank: int = 0) -> Path:
+    """The temporary folder to write step's files into. Rank 0 clears and creates it; a barrier must follow.
+
+    Clearing makes a retry of the same step safe: nothing of a killed attempt gets into the new manifest.
+    """
+    tmp = root / f"{_TMP}{_folder_name(step)}"
+    if rank == 0:
+        if tmp.exists():
+            shutil.rmtree(tmp)
+        tmp.mkdir(parents=True)
+    return tmp
+
+
+def hash_files(folder: Path, files: Iterable[str]) -> Hashes:
+    """sha256 and size of files (paths inside folder), each synced to disk first. Reads every byte once.
+
+    Each rank calls it on its own files and sends the result to rank 0, which then reads none of them.
+    Syncing here and not in `commit` matters on shared storage: only the node that wrote can flush its pages.
+    """
+    names = list(files)
+    with ThreadPoolExecutor(max_workers=4) as pool:  # sha256 releases the GIL
+        return dict(zip(names, pool.map(lambda name: _record(folder / name, sync=True), names), strict=True))
+
+
+def commit(
+    tmp: Path, root: Path, step: int, next_slot: int, state: Mapping[str, Any], hashes: Mapping[str, Any] | None = None
+) -> Path:
+    """Turn the temporary folder into checkpoint step; call on rank 0 after all ranks wrote. Returns its folder.
+
+    next_slot: the ledger, the first slot of the stream that is not in these weights. state: the trainer's own JSON.
+    hashes: what the ranks' `hash_files` returned, merged; files not in it are hashed here.
+    Raises CorruptCheckpoint when a precomputed record does not fit the file on disk, ValueError when state is not JSON.
+    """
+    document = {"schema_version": SCHEMA_VERSION, "step": step, "next_slot": next_slot, "state": dict(state)}
+    _write_json(tmp / STATE, document)
+    present = _plain_files(tmp)
+    records = dict(hashes or {})
+    _compare_sizes(tmp, records, {name: present[name] for name in present if name in records})
+    records.update(hash_files(tmp, sorted(present.keys() - records.keys())))
+    _write_json(tmp / MANIFEST, {"schema_version": SCHEMA_VERSION, "step": step, "files": records})
+    _sync_folder(tmp)
+
+    final = root / _folder_name(step)
+    if final.exists():
+        # A run that fell back past a broken checkpoint reaches its step again: the new one replaces it.
+        _discard(final)
+    tmp.rename(final)
+    _sync_folder(root)
+    return final
+
+
+def verify(folder: Path, full: bool = True) -> None:
+    """Raise CorruptCheckpoint unless folder holds exactly the manifest's files, with its sizes and sha256 sums.
+
+    full=False compares names and sizes only: no file is read, so a flipped byte goes unnoticed.
+    """
+    records = _read_manifest(folder)
+    present = _plain_files(folder)
+    present.pop(MANIFEST)
+    _compare_sizes(folder, records, present)
+    extra = sorted(present.keys() - records.keys())
+    if extra:
+        raise CorruptCheckpoint(f"{folder / extra[0]}: not in {MANIFEST}")
+    if full:
+        with ThreadPoolExecutor(max_workers=4) as pool:
+            found = pool.map(lambda name: (name, _record(folder / name)), sorted(records))
+            for name, record in found:
+                if record["sha256"] != records[name]["sha256"]:
+                    raise CorruptCheckpoint(f"{folder / name}: sha256 differs from {MANIFEST}")
+
+
+def newest_verified(root: Path, full: bool = True) -> Path | None:
+    """The newest checkpoint under root that verifies, or None. Each broken one is skipped with a warning saying why."""
+    for _, folder in reversed(_committed(root)):
+        try:
+            verify(folder, full=full)
+        except CorruptCheckpoint as error:
+            logger.warning("checkpoint %s is skipped for an older one: %s", folder.name, error)
+        else:
+            return folder
+    return None
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """state.json of a checkpoint: schema_version, step, next_slot and state.
+
+    Its own bytes are checked against the manifest first (the other files are not: `verify`).
+    Raises CorruptCheckpoint naming the file, also for a schema version this code does not know.
+    """
+    record = _read_manifest(folder).get(STATE)
+    path = folder / STATE
+    if record is None or not path.is_file():
+        raise CorruptCheckpoint(f"{path}: missing")
+    if _record(path) != record:
+        raise CorruptCheckpoint(f"{path}: sha256 differs from {MANIFEST}")
+    document: dict[str, Any] = json.loads(path.read_bytes())
+    if document["schema_version"] != SCHEMA_VERSION:
+        raise CorruptCheckpoint(
+            f"{path}: schema_version {document['schema_version']}, this code reads {SCHEMA_VERSION}"
+        )
+    return document
+
+
+def sweep(root: Path) -> list[str]:
+    """Remove what killed attempts left: temporary folders, and step folders without a manifest. Returns their names.
+
+    Call at start, by the one process that owns the run, before any rank writes. Other names are left alone.
+    """
+    if not root.is_dir():
+        return []
+    orphans = [
+        path
+        for path in sorted(root.iterdir())
+        if path.name.startswith(_TMP) or (_STEP_FOLDER.fullmatch(path.name) and not (path / MANIFEST).exists())
+    ]
+    for path in orphans:
+        shutil.rmtree(path)
+    return [path.name for path in orphans]
+
+
+def rotate(root: Path, keep_last: int, keep: Collection[int] = ()) -> list[int]:
+    """Delete all checkpoints but the newest keep_last and the steps in keep. Returns the steps deleted."""
+    if keep_last < 1:
+        raise ValueError(f"keep_last is {keep_last}, it must be at least 1")
+    deleted = []
+    for step, folder in _committed(root)[:-keep_last]:
+        if step not in keep:
+            _discard(folder)
+            deleted.append(step)
+    return deleted
+
+
+def _folder_name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def _committed(root: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of everything with a manifest, oldest first."""
+    if not root.is_dir():
+        return []
+    matches = ((_STEP_FOLDER.fullmatch(path.name), path) for path in root.iterdir())
+    return sorted((int(match[1]), path) for match, path in matches if match and (path / MANIFEST).exists())
+
+
+def _discard(folder: Path) -> None:
+    # Renamed first: a kill inside rmtree must leave an orphan for `sweep`, not a checkpoint with a hole.
+    doomed = folder.with_name(f"{_TMP}delete-{folder.name}")
+    if doomed.exists():
+        shutil.rmtree(doomed)
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def _read_manifest(folder: Path) -> Hashes:
+    """The manifest's records, after checking that it can be read, is this version, and belongs to this folder."""
+    path = folder / MANIFEST
+    try:
+        document = json.loads(path.read_bytes())
+        version, step = document["schema_version"], document["step"]
+        records = {
+            str(name): {"sha256": str(r["sha256"]), "size": int(r["size"])} for name, r in document["files"].items()
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CorruptCheckpoint(f"{path}: cannot be read ({type(error).__name__}: {error})") from error
+    if version != SCHEMA_VERSION:
+        raise CorruptCheckpoint(f"{path}: schema_version {version}, this code reads {SCHEMA_VERSION}")
+    if _folder_name(step) != folder.name:
+        raise CorruptCheckpoint(f"{path}: is of step {step}, not of {folder.name}")
+    return records
+
+
+def _plain_files(folder: Path) -> dict[str, int]:
+    """Path inside folder -> size in bytes. A link or device is refused: its bytes would lie outside the checkpoint."""
+    files = {}
+    for path in folder.rglob("*"):
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+            raise CorruptCheckpoint(f"{path}: neither a plain file nor a folder")
+        if path.is_file():
+            files[path.relative_to(folder).as_posix()] = path.stat().st_size
+    return files
+
+
+def _compare_sizes(folder: Path, records: Mapping[str, Any], present: Mapping[str, int]) -> None:
+    for name, record in records.items():
+        if name not in present:
+            raise CorruptCheckpoint(f"{folder / name}: missing")
+        if present[name] != record["size"]:
+            raise CorruptCheckpoint(f"{folder / name}: {present[name]} bytes, not {record['size']}")
+
+
+def _record(path: Path, sync: bool = False) -> dict[str, Any]:
+    with path.open("rb") as file:
+        if sync:
+            os.fsync(file.fileno())
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return {"sha256": digest, "size": file.tell()}
+
+
+def _write_json(path: Path, document: Mapping[str, Any]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        json.dump(document, file, indent=1, sort_keys=True, allow_nan=False)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,1 @@
+"""Trains the student: loop, step, DeepSpeed (`zero.py`, `fragments.py`), collation and schedule."""
