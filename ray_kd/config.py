@@ -189,6 +189,8 @@ class Cluster:
     """Ray cluster to join (auto, host:port or ray://...). Default: RAY_ADDRESS, else a new local Ray."""
     dashboard: bool | None = None
     """Start the dashboard with a new local Ray. Default: false."""
+    wait_s: float = 60.0
+    """How long to wait for an existing cluster to have the resources the layout needs (exit code 75 after it)."""
 
 
 @dataclass

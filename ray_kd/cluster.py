@@ -1,0 +1,144 @@
+"""Where the work runs: join or start Ray, size it, and refuse a layout that would starve, before anything starts.
+
+A local Ray gets as many logical CPUs as the layout needs, whatever the machine has: with fewer the stream waits for
+ever for the CPU that its repartition takes. Threads come from physical cores instead.
+"""
+
+import logging
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from ray_kd.config import RunConfig
+from ray_kd.errors import ConfigError, RetryableError
+
+logger = logging.getLogger(__name__)
+
+_REPARTITION_CPUS = 1.0  # Ray Data's repartition operator
+_READ_CPUS = 0.25  # one read task (data/stream.py)
+
+
+@dataclass(frozen=True)
+class Demand:
+    """Logical resources that must be there at once for the stream to move."""
+
+    num_cpus: float
+    num_gpus: float
+
+    @classmethod
+    def of(cls, config: RunConfig) -> "Demand":
+        """Workers, the whole teacher pool, the repartition and one read per teacher."""
+        train, pool = config.train, config.teacher.pool
+        return cls(
+            num_cpus=train.num_workers * train.cpus_per_worker
+            + pool.max_actors * (pool.num_cpus + _READ_CPUS)
+            + _REPARTITION_CPUS,
+            num_gpus=train.num_workers * train.gpus_per_worker + pool.min_actors * pool.num_gpus,
+        )
+
+    def minimum(self, config: RunConfig) -> "Demand":
+        """The same with the pool at its smallest: what an existing cluster must have."""
+        surplus = (config.teacher.pool.max_actors - config.teacher.pool.min_actors) * (
+            config.teacher.pool.num_cpus + _READ_CPUS
+        )
+        return Demand(self.num_cpus - surplus, self.num_gpus)
+
+
+@dataclass(frozen=True)
+class Threads:
+    """CPU threads of one process of each pool."""
+
+    teacher: int
+    worker: int
+
+    @classmethod
+    def of(cls, config: RunConfig) -> "Threads":
+        """As configured, or the physical cores of this machine shared out evenly between teachers and workers."""
+        processes = config.teacher.pool.max_actors + config.train.num_workers
+        share = max(1, physical_cores() // processes)
+        return cls(config.teacher.threads or share, config.train.threads_per_worker or share)
+
+
+def physical_cores() -> int:
+    """Physical cores this process may use."""
+    import psutil
+
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    return max(1, min(usable, psutil.cpu_count(logical=False) or usable))
+
+
+def address(config: RunConfig) -> str | None:
+    """The cluster to join, or None for a new local Ray."""
+    given = config.cluster.address or os.environ.get("RAY_ADDRESS")
+    return None if given in (None, "", "local") else given
+
+
+def check_local_gpus(config: RunConfig) -> None:
+    """Refuse GPUs that this machine does not have, when the run is to start a Ray of its own. Raises ConfigError."""
+    demand = Demand.of(config)
+    if address(config) is not None or demand.num_gpus == 0:
+        return
+    import torch
+
+    found = torch.cuda.device_count()
+    if found < demand.num_gpus:
+        raise ConfigError(
+            f"the layout needs {demand.num_gpus:g} GPUs (train.gpus_per_worker={config.train.gpus_per_worker:g} x "
+            f"{config.train.num_workers} workers + teacher.pool.num_gpus={config.teacher.pool.num_gpus:g} x "
+            f"{config.teacher.pool.min_actors} actors) and this machine has {found}: set them to 0, or join a cluster"
+        )
+
+
+@contextmanager
+def connected(config: RunConfig) -> Iterator[None]:
+    """Ray for the length of the run: joins the configured cluster, or starts a local one and stops it afterwards.
+
+    Raises ConfigError when the cluster cannot be reached, RetryableError when it does not have what the layout
+    needs within `cluster.wait_s`.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Its cleaner cannot choose between several Rays on one machine and says so every few seconds.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_ACTOR_RECONCILIATION", "0")
+    import ray
+
+    where = address(config)
+    try:
+        if where is None:
+            ray.init(
+                address="local",
+                num_cpus=-int(-Demand.of(config).num_cpus // 1),
+                include_dashboard=bool(config.cluster.dashboard),
+                log_to_driver=False,
+                logging_level=logging.WARNING,
+            )
+        else:
+            ray.init(address=where, log_to_driver=False, logging_level=logging.WARNING)
+    except (ConnectionError, ValueError) as error:
+        raise ConfigError(f"cannot join the Ray cluster '{where}': {str(error).splitlines()[0]}") from error
+    try:
+        if where is not None:
+            _wait_for_resources(Demand.of(config).minimum(config), config.cluster.wait_s)
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _wait_for_resources(demand: Demand, wait_s: float) -> None:
+    import ray
+
+    deadline = time.monotonic() + wait_s
+    while True:
+        have = ray.cluster_resources()
+        num_cpus, num_gpus = have.get("CPU", 0.0), have.get("GPU", 0.0)
+        if num_cpus >= demand.num_cpus and num_gpus >= demand.num_gpus:
+            return
+        if time.monotonic() > deadline:
+            raise RetryableError(
+                f"the cluster has {num_cpus:g} CPUs and {num_gpus:g} GPUs, the layout needs {demand.num_cpus:g} and "
+                f"{demand.num_gpus:g}; waited cluster.wait_s={wait_s:g} s"
+            )
+        logger.info("waiting for the cluster: %g of %g CPUs, %g of %g GPUs",
+                    num_cpus, demand.num_cpus, num_gpus, demand.num_gpus)  # fmt: skip
+        time.sleep(2.0)

@@ -1,0 +1,116 @@
+"""The teacher stage: a Ray Data actor that adds the teacher's answer to every row of a block.
+
+Comes in: blocks of rows with `slot` and `weight`. Goes out: the same rows, in order, with `teacher_payload`,
+`teacher_busy_s` and `teacher_error`. The engine is built once per actor and serves all epochs. Dummy rows (weight 0) are passed through with an empty payload.
+
+A row the teacher cannot answer usably keeps its slot, gets weight 0 and carries the reason: slots never shift and
+a failed answer is never replaced by padding. An engine that raises for the whole block is retried by Ray
+(`max_task_retries`) and then fails the run.
+"""
+
+import json
+import os
+import time
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from ray_kd import plugins, schema
+from ray_kd.teacher.engine import Engine, Request, RowError
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """What an actor needs to build its engine: small and picklable, never weights."""
+
+    engine: Any  # the config value: a kind or {kind: ..., options}
+    model: str
+    revision: str | None
+    dtype: str
+    batch_size: int
+    num_gpus: float
+    threads: int
+
+    def build(self) -> Engine:
+        """Construct the engine; loads the teacher."""
+        import torch
+
+        torch.set_num_threads(self.threads)
+        module, config = plugins.options("teacher.engines", self.engine, "teacher.engine")
+        return module.Engine(
+            config,
+            model=self.model,
+            revision=self.revision,
+            dtype=self.dtype,
+            device="cuda" if self.num_gpus > 0 else "cpu",
+            batch_size=self.batch_size,
+        )
+
+
+class TeacherStage:
+    """The callable class for `map_batches(batch_format="pyarrow")`.
+
+    journal_dir: each actor appends one line per block there (slots, rows through the engine, seconds), so that the
+    teacher's work can be counted over every restart; a killed actor loses no line it finished.
+    """
+
+    def __init__(self, spec: EngineSpec, request: Request, journal_dir: str) -> None:
+        self._engine = spec.build()
+        self._request = request
+        Path(journal_dir).mkdir(parents=True, exist_ok=True)
+        self._journal = open(Path(journal_dir) / f"{uuid.uuid4().hex}.jsonl", "a", buffering=1)  # noqa: SIM115 - open for the actor's life
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        start = time.perf_counter()
+        weight = block.column(schema.WEIGHT).to_numpy().copy()
+        asked = np.flatnonzero(weight > 0)
+        answers = self._engine.annotate(_rows(block, asked), self._request) if len(asked) else []
+        assert len(answers) == len(asked), f"engine answered {len(answers)} of {len(asked)} rows"
+
+        payloads: list[bytes] = [b""] * block.num_rows
+        errors = [""] * block.num_rows
+        for place, answer in zip(asked, answers, strict=True):
+            if isinstance(answer, RowError):
+                weight[place], errors[place] = 0.0, answer.reason
+            else:
+                payloads[place] = answer.encode()
+
+        busy_s = time.perf_counter() - start
+        slots = block.column(schema.SLOT).to_numpy()
+        self._journal.write(
+            json.dumps({"slots": [int(slots[i]) for i in asked], "busy_s": round(busy_s, 6), "pid": os.getpid()}) + "\n"
+        )
+        share = np.full(block.num_rows, busy_s / block.num_rows, dtype=np.float32)
+        block = block.set_column(block.schema.get_field_index(schema.WEIGHT), schema.WEIGHT, pa.array(weight))
+        block = block.append_column(schema.TEACHER_PAYLOAD, pa.array(payloads, type=pa.binary()))
+        block = block.append_column(schema.TEACHER_BUSY_S, pa.array(share))
+        return block.append_column(schema.TEACHER_ERROR, pa.array(errors, type=pa.string()))
+
+
+def count_rows(journal_dir: str | Path) -> tuple[int, int]:
+    """(rows through the engine over all actors and restarts, how many of them were done before).
+
+    A line cut short by a kill is the actor's last and is not counted.
+    """
+    done: set[int] = set()
+    total = 0
+    for path in sorted(Path(journal_dir).glob("*.jsonl")):
+        for line in path.read_text().splitlines(keepends=True):
+            if line.endswith("\n"):
+                slots = json.loads(line)["slots"]
+                total += len(slots)
+                done.update(slots)
+    return total, total - len(done)
+
+
+def _rows(block: pa.Table, places: np.ndarray) -> dict[str, np.ndarray]:
+    """The prepared columns of some rows as numpy: row_id [B], the others int32 [B, T]."""
+    taken = block.select(list(schema.PREPARED_COLUMNS)).take(pa.array(places)).combine_chunks()
+    rows = {schema.ROW_ID: taken.column(schema.ROW_ID).to_numpy()}
+    for name in (schema.INPUT_IDS, schema.LABELS, schema.POSITION_IDS):
+        rows[name] = np.stack(taken.column(name).to_numpy(zero_copy_only=False))
+    return rows

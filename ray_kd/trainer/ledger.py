@@ -1,0 +1,80 @@
+"""What was trained: counted from the rows that went through the optimiser, not from the slots that were planned.
+
+Kept on rank 0, saved with every checkpoint, so that it describes the surviving history of the run.
+Cost: one byte a planned row in memory, about one bit in the checkpoint.
+"""
+
+import base64
+import zlib
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ray_kd.trainer.step import StepResult
+
+
+@dataclass
+class Totals:
+    """Sums over the surviving history. Seconds are of the training loop, of rank 0."""
+
+    steps: int = 0
+    tokens: int = 0  # non-padding inputs
+    target_tokens: int = 0
+    payload_nbytes: int = 0
+    rows_duplicated: int = 0
+    rows_refused: int = 0  # slots whose teacher answer was refused
+    steps_skipped: int = 0  # fp16 overflow
+    wall_s: float = 0.0  # evaluation and checkpoints included
+    step_s: float = 0.0  # waiting for rows and training on them
+    timed_step_s: float = 0.0  # step_s without the first step of each attempt, which waits for the start-up
+    wait_s: float = 0.0  # waiting for rows, in the timed steps
+
+
+@dataclass
+class Ledger:
+    """Which (epoch, row) pairs were trained, and the totals."""
+
+    num_rows: int  # of one epoch
+    num_planned_rows: int  # (epoch, row) pairs of the whole run
+    totals: Totals = field(default_factory=Totals)
+
+    def __post_init__(self) -> None:
+        num_epochs = -(-self.num_planned_rows // self.num_rows)
+        self._trained: NDArray[np.bool_] = np.zeros(self.num_rows * num_epochs, dtype=np.bool_)
+
+    @property
+    def rows_consumed(self) -> int:
+        """Distinct (epoch, row) pairs trained."""
+        return int(self._trained.sum())
+
+    def add(self, result: StepResult, *, step_s: float, wait_s: float, is_timed: bool) -> None:
+        """Count one step: its rows, its tokens, the seconds it took and of those the seconds waited for rows."""
+        epochs = result.slots[result.is_trained] // self.num_rows
+        pairs = epochs * self.num_rows + result.row_ids[result.is_trained]
+        self.totals.rows_duplicated += int(self._trained[pairs].sum()) + len(pairs) - len(np.unique(pairs))
+        self._trained[pairs] = True
+        self.totals.rows_refused += int((~result.is_trained & (result.row_ids >= 0)).sum())
+        self.totals.steps += 1
+        self.totals.steps_skipped += not result.is_applied
+        self.totals.tokens += result.num_tokens
+        self.totals.target_tokens += result.num_valid_tokens
+        self.totals.payload_nbytes += result.payload_nbytes
+        self.totals.step_s += step_s
+        if is_timed:
+            self.totals.timed_step_s += step_s
+            self.totals.wait_s += wait_s
+
+    def state(self) -> dict[str, Any]:
+        """JSON for the checkpoint."""
+        packed = zlib.compress(np.packbits(self._trained).tobytes())
+        return {"totals": asdict(self.totals), "trained": base64.b64encode(packed).decode()}
+
+    @classmethod
+    def from_state(cls, num_rows: int, num_planned_rows: int, state: dict[str, Any]) -> "Ledger":
+        """What `state` returned, for the same run."""
+        ledger = cls(num_rows, num_planned_rows, Totals(**state["totals"]))
+        packed = np.frombuffer(zlib.decompress(base64.b64decode(state["trained"])), dtype=np.uint8)
+        ledger._trained = np.unpackbits(packed, count=len(ledger._trained)).astype(np.bool_)
+        return ledger

@@ -1,0 +1,299 @@
+"""The train function of one worker, top to bottom: feed, engine, resume, evaluate, then step by step to the end.
+
+Comes in: a TrainSpec and the worker's shard of the ordered stream. Goes out, in the run folder: metrics.jsonl,
+checkpoints/, quarantine.jsonl, and eval_before.json once. The last checkpoint holds what the driver needs to write
+final/ and summary.json.
+"""
+
+import contextlib
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ray_kd.config import Student, Train
+from ray_kd.locks import writer_lock
+from ray_kd.trainer.feed import Feed
+from ray_kd.trainer.schedule import learning_rate
+
+if TYPE_CHECKING:
+    import torch
+
+    from ray_kd.trainer.collate import MicroBatch
+    from ray_kd.trainer.ledger import Ledger
+    from ray_kd.trainer.step import StepResult
+
+EVAL_BEFORE = "eval_before.json"
+METRICS = "metrics.jsonl"
+QUARANTINE = "quarantine.jsonl"
+STOP_FLAG = ".stop"
+CHECKPOINTS = "checkpoints"
+
+Evaluate = Callable[[Any], dict[str, float]]
+"""Engine -> metrics of the held-out rows. A collective: every rank calls it and gets the same numbers."""
+
+
+@dataclass(frozen=True)
+class TrainSpec:
+    """What a worker needs, small and picklable."""
+
+    run_dir: str
+    student_path: str
+    student: Student
+    train: Train
+    loss_options: dict[str, Any]  # keyword arguments of fused_linear_kd_loss
+    seed: int
+    top_k: int
+    block_rows: int
+    threads: int
+    num_rows: int
+    num_steps: int
+    num_planned_rows: int
+    make_evaluate: "Callable[[torch.device], Evaluate] | None"
+    """Builds the evaluation in the worker; None when there are no held-out rows."""
+
+
+def train(spec: TrainSpec) -> None:
+    """Train the student from the newest verified checkpoint to the last step, or until asked to stop."""
+    import ray.train
+
+    # The first act: the data executor and the teacher start while torch, DeepSpeed and the student load.
+    shard = ray.train.get_dataset_shard("train")
+    world = ray.train.get_context().get_world_size()
+    feed = Feed(
+        lambda: shard.iter_batches(batch_size=spec.block_rows, batch_format="pyarrow", prefetch_batches=1),
+        micro_batch_size=spec.train.micro_batch_size,
+        accumulation=spec.train.global_batch_size // (world * spec.train.micro_batch_size),
+        top_k=spec.top_k,
+        timeout_s=spec.train.timeout_s,
+    )
+    with contextlib.closing(feed), writer_lock(Path(spec.run_dir)):
+        _train(spec, feed, rank=ray.train.get_context().get_world_rank(), world=world)
+
+
+def _train(spec: TrainSpec, feed: Feed, rank: int, world: int) -> None:
+    import torch
+
+    from ray_kd.trainer import zero
+    from ray_kd.trainer.step import train_step
+
+    run_dir, options = Path(spec.run_dir), spec.train
+    torch.set_num_threads(spec.threads)
+    engine, device = _build_engine(spec, rank, world)
+    evaluate = spec.make_evaluate(device) if spec.make_evaluate else None
+    ledger, first_step = _restore(spec, engine, rank)
+    if evaluate is not None and first_step == 1:
+        _evaluate_before(run_dir, engine, evaluate, rank)
+
+    with _Recorder(run_dir, first_step, rank) as recorder:
+        for step in range(first_step, spec.num_steps + 1):
+            start = time.perf_counter()
+            micro_batches, wait_s = feed.next_step()
+            _check_slots(micro_batches, step, options.global_batch_size)
+            rate = learning_rate(
+                step, peak=options.learning_rate, schedule=options.schedule,
+                warmup_steps=options.warmup_steps, num_steps=spec.num_steps,
+            )  # fmt: skip
+            zero.set_learning_rate(engine, rate)
+            result = train_step(engine, micro_batches, device, stop=(run_dir / STOP_FLAG).exists())
+            if not math.isfinite(result.metrics["loss"]):
+                raise FloatingPointError(
+                    f"loss {result.metrics['loss']} at step {step}: rows {result.row_ids.tolist()}"
+                )
+            if result.has_refused:
+                _quarantine(run_dir, micro_batches, rank)
+            # The first step of an attempt waits for the teacher to load: it is not the teacher being slow.
+            ledger.add(result, step_s=time.perf_counter() - start, wait_s=wait_s, is_timed=step > first_step)
+
+            is_last = step == spec.num_steps or result.stop_requested
+            metrics = _metrics(step, result, rate, wait_s, spec)
+            is_evaluated = evaluate is not None and _is_due(step, options.eval_every, spec.num_steps)
+            if evaluate is not None and is_evaluated:
+                metrics |= {f"eval/{name}": value for name, value in evaluate(engine).items()}
+            recorder.add(metrics, result, is_logged=is_last or is_evaluated or step % options.log_every == 0)
+            ledger.totals.wall_s += time.perf_counter() - start
+            if is_last or _is_due(step, options.checkpoint_every, spec.num_steps):
+                _save(spec, engine, step, ledger, metrics, rank, world)
+            if is_last:
+                break
+
+
+def _is_due(step: int, every: int, num_steps: int) -> bool:
+    return step == num_steps or (every > 0 and step % every == 0)
+
+
+def _build_engine(spec: TrainSpec, rank: int, world: int) -> tuple[Any, "torch.device"]:
+    import ray.train.torch
+    import torch
+
+    from ray_kd import models
+    from ray_kd.trainer import zero
+    from ray_kd.trainer.step import DistillModule
+
+    options = spec.train
+    device = ray.train.torch.get_device() if options.gpus_per_worker > 0 else torch.device("cpu")
+    torch.manual_seed(spec.seed + rank)  # dropout differs between ranks
+    student = models.load_causal_lm(spec.student_path, revision=spec.student.revision, dtype="float32")
+    student.train()
+    if spec.student.gradient_checkpointing:
+        student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if spec.student.liger == "auto" and device.type == "cuda":
+        models.apply_liger(student)
+    engine = zero.initialize(
+        DistillModule(student, spec.loss_options),
+        zero.deepspeed_config(
+            zero_stage=options.zero_stage,
+            micro_batch_size=options.micro_batch_size,
+            gradient_accumulation_steps=options.global_batch_size // (world * options.micro_batch_size),
+            dtype=spec.student.dtype,
+            max_grad_norm=options.max_grad_norm,
+        ),
+        learning_rate=options.learning_rate,
+        weight_decay=options.weight_decay,
+    )
+    return engine, device
+
+
+def _restore(spec: TrainSpec, engine: Any, rank: int) -> tuple["Ledger", int]:
+    """The ledger and the next step, from the newest verified checkpoint: the rule the stream's start follows too."""
+    from ray_kd import checkpoint
+    from ray_kd.trainer.fragments import load_fragments
+    from ray_kd.trainer.ledger import Ledger
+    from ray_kd.trainer.rng import load_rng
+
+    folder = checkpoint.newest_verified(Path(spec.run_dir) / CHECKPOINTS)
+    if folder is None:
+        return Ledger(spec.num_rows, spec.num_planned_rows), 1
+    document = checkpoint.read_state(folder)
+    load_fragments(engine, engine.module, folder)
+    load_rng(folder, rank)
+    ledger = Ledger.from_state(spec.num_rows, spec.num_planned_rows, document["state"]["ledger"])
+    return ledger, int(document["next_slot"]) // spec.train.global_batch_size + 1
+
+
+def _save(
+    spec: TrainSpec, engine: Any, step: int, ledger: "Ledger", metrics: dict[str, Any], rank: int, world: int
+) -> None:
+    """Weights, moments, random state and ledger in one atomic folder, then Ray Train's report."""
+    import ray.train
+    import torch.distributed as dist
+    from ray.train import Checkpoint, CheckpointUploadMode
+
+    from ray_kd import checkpoint
+    from ray_kd.trainer.fragments import save_fragments
+    from ray_kd.trainer.rng import save_rng
+
+    root = Path(spec.run_dir) / CHECKPOINTS
+    tmp = checkpoint.begin(root, step, rank)
+    dist.barrier()
+    files = [*save_fragments(engine, engine.module, tmp, rank, world), save_rng(tmp, rank)]
+    hashes: list[Any] = [None] * world
+    dist.all_gather_object(hashes, checkpoint.hash_files(tmp, files))
+    folder = [""]
+    if rank == 0:
+        state = {"ledger": ledger.state(), "student_path": spec.student_path, "metrics": _finite(metrics)}
+        merged = {name: record for each in hashes for name, record in each.items()}
+        next_slot = step * spec.train.global_batch_size
+        folder = [str(checkpoint.commit(tmp, root, step, next_slot, state, merged))]
+        checkpoint.rotate(root, keep_last=spec.train.keep_checkpoints)
+    dist.broadcast_object_list(folder, src=0)
+    # The folder already lies in Train's experiment directory (the run folder), so nothing is copied.
+    ray.train.report(
+        {"step": step, "loss": metrics["train/loss"]},
+        checkpoint=Checkpoint.from_directory(folder[0]),
+        checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
+    )
+
+
+def _evaluate_before(run_dir: Path, engine: Any, evaluate: Evaluate, rank: int) -> None:
+    """Measure the untrained student once a run; a restart before the first checkpoint finds the file and goes on."""
+    path = run_dir / EVAL_BEFORE
+    if path.exists():
+        return
+    metrics = evaluate(engine)
+    if rank == 0:
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(_finite(metrics)), encoding="utf-8")
+        temporary.replace(path)
+
+
+def _check_slots(micro_batches: Sequence["MicroBatch"], step: int, global_batch_size: int) -> None:
+    """The alarm of the ordered stream: every row of step k lies in slots [(k-1) G, k G)."""
+    for micro_batch in micro_batches:
+        is_right = micro_batch.slots // global_batch_size == step - 1
+        assert is_right.all(), f"step {step} got slots {micro_batch.slots.tolist()} at batch size {global_batch_size}"
+
+
+def _quarantine(run_dir: Path, micro_batches: Sequence["MicroBatch"], rank: int) -> None:
+    """Append the rows whose teacher answer was refused, once each, from all ranks. A collective."""
+    import torch.distributed as dist
+
+    own = [
+        {"source": "teacher", "slot": int(slot), "row_id": int(row_id), "reason": error}
+        for m in micro_batches
+        for slot, row_id, error in zip(m.slots, m.row_ids, m.errors, strict=True)
+        if error
+    ]
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, own)
+    if rank == 0:
+        path = run_dir / QUARANTINE
+        known = set(path.read_text(encoding="utf-8").splitlines()) if path.exists() else set()
+        lines = [json.dumps(record) for records in everyone for record in records]
+        with path.open("a", encoding="utf-8") as file:
+            file.writelines(line + "\n" for line in lines if line not in known)
+
+
+def _metrics(step: int, result: "StepResult", rate: float, wait_s: float, spec: TrainSpec) -> dict[str, Any]:
+    start = (step - 1) * spec.train.global_batch_size
+    busy_s = result.teacher_busy_s
+    return {
+        "step": step,
+        "epoch": start // spec.num_rows,
+        "train/loss": result.metrics["loss"],
+        "train/kd_loss": result.metrics["kd_loss"],
+        "train/ce_loss": result.metrics["ce_loss"],
+        "train/top1_agreement": result.metrics["top1_agreement"],
+        "train/grad_norm": result.grad_norm,
+        "train/learning_rate": rate,
+        "train/is_applied": result.is_applied,
+        "train/target_tokens": result.num_valid_tokens,
+        "train/data_wait_s": wait_s,
+        "teacher/tokens_per_second": result.num_tokens / busy_s if busy_s > 0 else 0.0,
+        "teacher/topk_mass": result.metrics["teacher_topk_mass"],
+        "teacher/bytes_per_token": result.payload_nbytes / max(1, result.num_valid_tokens),
+        "data/slot_start": start,
+        "data/row_ids_sha256": result.row_ids_sha256(),
+    }
+
+
+def _finite(metrics: dict[str, Any]) -> dict[str, Any]:
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
+
+
+class _Recorder:
+    """Writes metrics.jsonl on rank 0, with the throughput since the line before; does nothing on other ranks."""
+
+    def __init__(self, run_dir: Path, first_step: int, rank: int) -> None:
+        from ray_kd.metrics import MetricLogger
+
+        self._logger = MetricLogger(run_dir / METRICS, last_step=first_step - 1) if rank == 0 else None
+        self._tokens, self._start = 0, time.perf_counter()
+
+    def __enter__(self) -> "_Recorder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._logger is not None:
+            self._logger.close()
+
+    def add(self, metrics: dict[str, Any], result: "StepResult", is_logged: bool) -> None:
+        """Count a step's tokens and, when it is logged, write its line."""
+        self._tokens += result.num_tokens
+        if is_logged and self._logger is not None:
+            now = time.perf_counter()
+            self._logger.log(metrics | {"train/tokens_per_second": self._tokens / (now - self._start)})
+            self._tokens, self._start = 0, now

@@ -1,0 +1,159 @@
+"""One optimiser step: fetch, count tokens, micro-batches, clip, step. And the module DeepSpeed wraps.
+
+Sums over tokens are divided once, by the global number of valid tokens of the step (all ranks, all micro-batches),
+inside the loss; `zero.backward` holds the only compensation for DeepSpeed's averaging.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import nn
+
+from ray_kd import models
+from ray_kd.losses import fused_linear_kd_loss
+from ray_kd.trainer import zero
+
+if TYPE_CHECKING:
+    from ray_kd.trainer.collate import MicroBatch
+
+METRICS = ("loss", "kd_loss", "ce_loss", "teacher_topk_mass", "top1_agreement")
+
+
+class DistillModule(nn.Module):
+    """Student decoder without its head, then the fused loss on `lm_head.weight`: [B, T, V] never exists.
+
+    loss_options: keyword arguments of `fused_linear_kd_loss` (divergence, tail, temperature, weights, chunk_size).
+    """
+
+    def __init__(self, student: nn.Module, loss_options: dict[str, Any]) -> None:
+        super().__init__()
+        self.student = student
+        self._loss_options = loss_options
+        self.metrics: dict[str, torch.Tensor] = {}
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        micro_batch: "MicroBatch | None" = None,
+        num_valid_tokens: int = 1,
+    ) -> torch.Tensor:
+        """The micro-batch's share of the step's loss (a scalar), or without targets the hidden states [B, T, H]."""
+        hidden = models.decoder_hidden(self.student, input_ids, position_ids)
+        if micro_batch is None:
+            return hidden
+        head = models.lm_head(self.student)
+        out = fused_linear_kd_loss(
+            hidden.flatten(0, 1)[micro_batch.targets.to(hidden.device)],
+            head.weight,
+            micro_batch.teacher_ids.to(hidden.device),
+            micro_batch.teacher_logprobs.to(hidden.device),
+            micro_batch.labels.to(hidden.device),
+            lm_head_bias=head.bias,
+            num_valid_tokens=num_valid_tokens,
+            **self._loss_options,
+        )
+        self.metrics = {**out.metrics, "loss": out.loss.detach()}
+        return out.loss
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step did, summed over all ranks and micro-batches; losses are per valid token of the step."""
+
+    metrics: dict[str, float]
+    grad_norm: float  # before clipping
+    is_applied: bool  # False when the optimiser skipped the step (fp16 overflow)
+    num_valid_tokens: int
+    num_tokens: int
+    payload_nbytes: int
+    teacher_busy_s: float
+    stop_requested: bool
+    slots: NDArray[np.int64]  # [G], sorted
+    row_ids: NDArray[np.int64]  # [G], in the order of the slots, -1 for dummies
+    is_trained: NDArray[np.bool_]  # [G], False for dummies and refused answers
+
+    @property
+    def has_refused(self) -> bool:
+        """Whether a row of the step, on any rank, has no usable teacher answer."""
+        return bool((~self.is_trained & (self.row_ids >= 0)).any())
+
+    def row_ids_sha256(self) -> str:
+        """Digest of the step's row ids in slot order (int64, little endian): what an independent check recomputes."""
+        return hashlib.sha256(self.row_ids.astype("<i8").tobytes()).hexdigest()
+
+
+def train_step(engine: Any, micro_batches: Sequence["MicroBatch"], device: torch.device, stop: bool) -> StepResult:
+    """Train one global batch. A collective: every rank calls it with the same number of micro-batches.
+
+    stop: this rank was asked to stop; the result says whether any rank was, so that all leave after the same step.
+    """
+    valid, tokens, nbytes, busy_s, stops = all_reduce(
+        [
+            sum(len(m.labels) for m in micro_batches),
+            sum(m.num_tokens for m in micro_batches),
+            sum(m.payload_nbytes for m in micro_batches),
+            sum(m.teacher_busy_s for m in micro_batches),
+            float(stop),
+        ],
+        device,
+    )
+    num_valid_tokens = max(1, int(valid))
+
+    sums = dict.fromkeys(METRICS, 0.0)
+    for micro_batch in micro_batches:
+        loss = engine(
+            micro_batch.input_ids.to(device), micro_batch.position_ids.to(device), micro_batch, num_valid_tokens
+        )
+        zero.backward(engine, loss, dist.get_world_size())
+        for name in METRICS:
+            sums[name] = sums[name] + engine.module.metrics[name].detach().double()
+    grad_norm, is_applied = zero.step(engine)
+
+    totals = all_reduce([float(value) for value in sums.values()], device)
+    slots, row_ids, is_trained = _gather_rows(micro_batches, device)
+    return StepResult(
+        metrics=dict(zip(sums, totals, strict=True)),
+        grad_norm=grad_norm,
+        is_applied=is_applied,
+        num_valid_tokens=int(valid),
+        num_tokens=int(tokens),
+        payload_nbytes=int(nbytes),
+        teacher_busy_s=busy_s,
+        stop_requested=stops > 0,
+        slots=slots,
+        row_ids=row_ids,
+        is_trained=is_trained,
+    )
+
+
+def all_reduce(values: Sequence[float], device: torch.device) -> list[float]:
+    """Sums over all ranks, in float64."""
+    tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(tensor)
+    return tensor.tolist()
+
+
+def _gather_rows(
+    micro_batches: Sequence["MicroBatch"], device: torch.device
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
+    """Slots, row ids and trained flags of the global batch, in the order of the slots."""
+    own = np.stack(
+        [
+            np.concatenate([m.slots for m in micro_batches]),
+            np.concatenate([m.row_ids for m in micro_batches]),
+            np.concatenate([[not error for error in m.errors] for m in micro_batches]) * 1,
+        ]
+    )
+    mine = torch.from_numpy(np.ascontiguousarray(own)).to(device)
+    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, mine)
+    rows = torch.cat(everyone, dim=1).cpu().numpy()
+    slots, row_ids, usable = rows[:, np.argsort(rows[0])]
+    return slots, row_ids, (usable > 0) & (row_ids >= 0)
