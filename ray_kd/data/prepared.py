@@ -1,0 +1,145 @@
+"""Reading prepared data: rows by index from Parquet, in the order asked.
+
+In: a folder written by `prepare`. Out: Arrow tables or numpy arrays of the columns of `schema.py`.
+Costs: a row is read with its row group (ROWS_PER_GROUP rows, 12 bytes a token); the last few groups stay in memory,
+so contiguous or window-shuffled reads touch each group about once.
+"""
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from ray_kd import schema
+from ray_kd.data.manifest import Manifest, PreparedFile
+from ray_kd.errors import DataError
+
+ROWS_PER_GROUP = 256
+GROUPS_PER_FILE = 64
+ROWS_PER_FILE = ROWS_PER_GROUP * GROUPS_PER_FILE
+GROUPS_KEPT = 4
+
+NUM_TARGET_BYTES = "num_target_bytes"  # int32: UTF-8 bytes of the row's target tokens, for bits per byte
+
+Split = Literal["train", "eval"]
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+
+def arrow_schema(sequence_length: int) -> pa.Schema:
+    """The columns of a prepared file: row_id int64, three int32 [T] lists of fixed size, num_target_bytes int32."""
+    tokens = pa.list_(pa.field("element", pa.int32(), nullable=False), sequence_length)
+    return pa.schema(
+        [
+            pa.field(schema.ROW_ID, pa.int64(), nullable=False),
+            pa.field(schema.INPUT_IDS, tokens, nullable=False),
+            pa.field(schema.LABELS, tokens, nullable=False),
+            pa.field(schema.POSITION_IDS, tokens, nullable=False),
+            pa.field(NUM_TARGET_BYTES, pa.int32(), nullable=False),
+        ]
+    )
+
+
+class PreparedData:
+    """A folder of prepared data, open for reading. Pickles as its path; raises DataError without a manifest."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.manifest = Manifest.read(self.folder)
+        self._files: OrderedDict[str, pq.ParquetFile] = OrderedDict()
+        self._groups: OrderedDict[tuple[str, int], pa.Table] = OrderedDict()
+
+    def __reduce__(self) -> tuple[type["PreparedData"], tuple[str]]:
+        return PreparedData, (str(self.folder),)
+
+    @property
+    def num_rows(self) -> int:
+        """Training rows."""
+        return self.manifest.num_rows
+
+    def read_rows(self, row_ids: NDArray[np.integer], split: Split = "train") -> pa.Table:
+        """The rows with these ids, in this order (repeats allowed), as a table of `arrow_schema(T)`.
+
+        row_ids: int [n], each in [0, rows of the split). Raises IndexError outside.
+        """
+        ids = np.asarray(row_ids, dtype=np.int64)
+        files = self._split_files(split)
+        ends = np.cumsum([file.rows for file in files], dtype=np.int64)
+        num_rows = int(ends[-1]) if files else 0
+        if ids.size and (ids.min() < 0 or ids.max() >= num_rows):
+            raise IndexError(f"row ids {ids.min()}..{ids.max()} asked of {num_rows} {split} rows")
+        if not ids.size:
+            return arrow_schema(self.manifest.sequence_length).empty_table()
+        file_of = np.searchsorted(ends, ids, side="right")
+        in_file = ids - (ends - [file.rows for file in files])[file_of]
+        group_of = in_file // ROWS_PER_GROUP
+        by_group = np.lexsort((group_of, file_of))
+        starts = np.flatnonzero(np.diff(file_of[by_group], prepend=-1) | np.diff(group_of[by_group], prepend=-1))
+        pieces = []
+        for members in np.split(by_group, starts[1:]):
+            group = self._group(files[file_of[members[0]]].name, int(group_of[members[0]]))
+            pieces.append(group.take(pa.array(in_file[members] % ROWS_PER_GROUP)))
+        if np.array_equal(by_group, np.arange(ids.size)):
+            return pa.concat_tables(pieces)
+        return pa.concat_tables(pieces).take(pa.array(np.argsort(by_group)))
+
+    def read_eval(self, max_rows: int = 0) -> dict[str, NDArray[np.integer]]:
+        """The first max_rows eval rows (0: all) as `to_numpy` gives them. They are shuffled: any prefix is a sample."""
+        num_rows = self.manifest.eval_rows
+        wanted = min(max_rows, num_rows) if max_rows else num_rows
+        return to_numpy(self.read_rows(np.arange(wanted), split="eval"))
+
+    def verify(self) -> None:
+        """Read every file and compare its sha256 with the manifest. Raises DataError naming the file."""
+        for file in [*self.manifest.files, *self.manifest.eval_files]:
+            path = self.folder / file.name
+            if not path.is_file() or sha256_of(path) != file.sha256:
+                raise DataError(f"prepared file '{path}' is not what its manifest says: remove '{self.folder}'")
+
+    def _split_files(self, split: Split) -> list[PreparedFile]:
+        if split not in ("train", "eval"):
+            raise ValueError(f"split '{split}' is not train or eval")
+        return self.manifest.files if split == "train" else self.manifest.eval_files
+
+    def _group(self, name: str, index: int) -> pa.Table:
+        def read() -> pa.Table:
+            opened = _remember(self._files, name, lambda: pq.ParquetFile(self.folder / name))
+            return opened.read_row_group(index)
+
+        return _remember(self._groups, (name, index), read)
+
+
+def to_numpy(table: pa.Table) -> dict[str, NDArray[np.integer]]:
+    """Columns of a prepared table as arrays: int32 [n, T] for the lists, [n] for the numbers."""
+    arrays = {}
+    for name in table.column_names:
+        column = table.column(name).combine_chunks()
+        if pa.types.is_fixed_size_list(column.type):
+            values = column.flatten().to_numpy(zero_copy_only=False)
+            arrays[name] = values.reshape(len(column), column.type.list_size)
+        else:
+            arrays[name] = column.to_numpy(zero_copy_only=False)
+    return arrays
+
+
+def sha256_of(path: Path) -> str:
+    """Hex sha256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _remember(kept: "OrderedDict[K, V]", key: K, make: Callable[[], V]) -> V:
+    if key in kept:
+        kept.move_to_end(key)
+        return kept[key]
+    kept[key] = make()
+    if len(kept) > GROUPS_KEPT:
+        kept.popitem(last=False)
+    return kept[key]
