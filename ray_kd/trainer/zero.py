@@ -1,0 +1,215 @@
+"""Everything about training that knows DeepSpeed: its configuration, the loss scaling, the step and the full weights.
+
+    engine = initialize(module, deepspeed_config(...), learning_rate=2e-4)
+    for each step:
+        set_learning_rate(engine, lr)
+        for each of gradient_accumulation_steps micro-batches:
+            loss = engine(...)                  # sum over this micro-batch's tokens / valid tokens of the global batch
+            backward(engine, loss, world)
+        grad_norm, applied = step(engine)
+
+All ranks must run the same number of micro-batches, empty ones included (forward and backward both), or DeepSpeed
+hangs. Checkpoints: `fragments.py`. Checked with deepspeed 0.19.8, held by `tests/integration/test_zero.py`.
+"""
+
+import logging
+import math
+import os
+import warnings
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from ray_kd.trainer.fragments import inner_optimizer, master_twins
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def import_deepspeed() -> ModuleType:
+    """Import deepspeed quietly and without its compiler; the only way ray_kd imports it. Takes 3-7 s the first time.
+
+    On the CPU its communication backend builds an extension with g++ (38 s and more, behind a lock that a killed
+    build leaves for ever) which training never calls: declared incompatible, it is not built.
+    """
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read at import; without it a warning on every rank
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # deepspeed 0.19 under torch 2.13 warns of renamed collectives anew at every call on every rank.
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
+    return deepspeed
+
+
+def deepspeed_config(
+    *, zero_stage: int, micro_batch_size: int, gradient_accumulation_steps: int, dtype: str, max_grad_norm: float
+) -> dict[str, Any]:
+    """DeepSpeed's configuration. dtype: of the working weights, one of DTYPES. max_grad_norm: 0 for no clipping.
+
+    Half precision keeps an fp32 master at every stage. Raises ValueError for a stage or dtype it does not know.
+    """
+    if zero_stage not in (0, 1, 2, 3):
+        raise ValueError(f"zero_stage is {zero_stage}, it must be 0, 1, 2 or 3")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is '{dtype}', it must be one of {', '.join(DTYPES)}")
+    on_gpu = torch.cuda.is_available()
+    # Elements. On the CPU the default of 5e8 is memory for nothing; on a GPU 5e7 (100 MB in bf16) fills the links.
+    bucket = 50_000_000 if on_gpu else 5_000_000
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": gradient_accumulation_steps,
+        "gradient_clipping": max_grad_norm,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {
+            "stage": zero_stage,
+            # gloo has no stream to overlap on: 2-3 times slower. Said for every stage, stage 3's default is true.
+            "overlap_comm": on_gpu,
+            "contiguous_gradients": True,
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
+            "stage3_prefetch_bucket_size": bucket,
+            "round_robin_gradients": False,
+        },
+        # It synchronises the device twice a step to measure what the metrics measure anyway.
+        "timers": {"throughput": {"enabled": False}},
+    }
+    if dtype == "bfloat16":
+        # Without check_grad_overflow stages 1 and 2 let a NaN gradient reach bf16 weights.
+        config["bf16"] = {"enabled": True, "check_grad_overflow": True}
+        if zero_stage in (2, 3):
+            # A sum of many micro-batches loses its last bits in bf16. Stage 0 cannot do better; stage 1 would take
+            # BF16_Optimizer, which prints memory statistics and keeps all fp32 gradients on all ranks.
+            config["data_types"] = {"grad_accum_dtype": "fp32"}
+    elif dtype == "float16":
+        config["fp16"] = {"enabled": True}
+    return config
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """The trainable parameters, with weight_decay on matrices and embeddings and none on biases and norms (1-D)."""
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for p in module.parameters():
+        if p.requires_grad:
+            # ds_shape: under zero.Init p.shape is that of an empty placeholder.
+            groups[weight_decay > 0 and len(getattr(p, "ds_shape", p.shape)) >= 2].append(p)
+    return [
+        {"params": params, "weight_decay": weight_decay if decayed else 0.0}
+        for decayed, params in groups.items()
+        if params
+    ]
+
+
+def initialize(
+    module: nn.Module,
+    config: dict[str, Any],
+    *,
+    learning_rate: float,
+    weight_decay: float = 0.0,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+) -> Any:
+    """Hand module to DeepSpeed with AdamW; returns the engine. Collective; torch.distributed must be initialised.
+
+    module is changed in place (its dtype by config, its storage by the ZeRO stage).
+    """
+    deepspeed = import_deepspeed()
+    assert torch.distributed.is_initialized(), "the process group is made by the caller (Ray Train)"
+    deepspeed.init_distributed(dist_init_required=False)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(module, weight_decay), lr=learning_rate, betas=betas, eps=eps, fused=True
+    )
+    engine = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)[0]
+    if engine.zero_optimization_stage() == 0 and engine.optimizer is not optimizer:
+        # Upstream trap: stage 0's half-precision wrapper makes the moments by a real step with zero gradients. That
+        # decays the master weights and leaves the step count at 1, so every bias correction is one step late.
+        inner_optimizer(engine).state.clear()
+        engine.optimizer.refresh_fp32_params()
+    return engine
+
+
+def set_learning_rate(engine: Any, learning_rate: float) -> None:
+    """Set the learning rate of every parameter group for the steps that follow."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = learning_rate
+
+
+def backward(engine: Any, loss: torch.Tensor, world_size: int) -> None:
+    """Add the gradient of loss to the step's; loss must be the very tensor that `engine(...)` returned.
+
+    loss: this micro-batch's sum over tokens divided by the valid tokens of the global batch, so that the step's
+    gradient is the plain sum over micro-batches and ranks. DeepSpeed divides by the accumulation steps and averages
+    over ranks; both are undone here and nowhere else. (`scale_wrt_gas=False` would be the tool for the former, but
+    0.19 divides anyway at stage 0 when given the forward's own output.)
+    """
+    factor = float(world_size * engine.gradient_accumulation_steps())
+    if engine.fp16_enabled() and engine.zero_optimization_stage() == 0:
+        # Upstream bug: engine.backward scales fp16 losses for the ZeRO optimizers only, yet stage 0's wrapper divides
+        # the gradient by the scale: Adam saw gradients 65536 times too small, next to its eps, and never clipped.
+        factor *= engine.optimizer.loss_scale
+    is_last = engine.is_gradient_accumulation_boundary()
+    engine.backward(loss.float() * factor)  # an fp16 loss would overflow
+    if not is_last:
+        engine.step()  # away from the boundary it only counts the micro-batch
+
+
+def step(engine: Any) -> tuple[float, bool]:
+    """Clip and apply the accumulated gradient: (its global norm before clipping, whether it was applied).
+
+    A gradient that is not finite is not applied at any stage: (inf or nan, False), weights and moments as before.
+    Collective. AssertionError unless exactly gradient_accumulation_steps backwards came before.
+    """
+    assert engine.is_gradient_accumulation_boundary(), (
+        f"step after {engine.micro_steps % engine.gradient_accumulation_steps()} of"
+        f" {engine.gradient_accumulation_steps()} micro-batches"
+    )
+    if engine.optimizer is inner_optimizer(engine):
+        return _step_unwrapped(engine)
+    scale = engine.optimizer.loss_scale if engine.fp16_enabled() else 1.0
+    engine.step()
+    norm = float(engine.get_global_grad_norm())
+    if engine.fp16_enabled() and engine.zero_optimization_stage() == 0:
+        norm /= scale  # reported as it is in the scaled gradients
+    elif engine.fp16_enabled() and engine.zero_optimization_stage() == 3:
+        norm *= engine.optimizer.loss_scale / scale  # divided by the scale after its update
+    return norm, engine.was_step_applied()
+
+
+def _step_unwrapped(engine: Any) -> tuple[float, bool]:
+    """Stage 0 in fp32: DeepSpeed reports no norm and would apply a NaN. Gradients are already reduced here."""
+    norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None]).item()
+    if math.isfinite(norm):
+        engine.step()
+        return norm, True
+    engine.zero_grad()
+    engine.skipped_steps += 1
+    engine.global_steps += 1
+    engine.global_samples += engine.train_batch_size()
+    engine.micro_steps += 1
+    return norm, False
+
+
+def full_parameters(
+    engine: Any, module: nn.Module, *, master: bool = False
+) -> Iterator[tuple[str, torch.Tensor | None]]:
+    """(name, whole parameter on the CPU | None on ranks other than 0), one at a time, frozen ones included.
+
+    master: the fp32 weights the optimizer steps on; else the working weights, in their dtype. A tied parameter comes
+    once. Collective: every rank must run the iterator to its end. Costs one whole parameter on each rank's device.
+    """
+    deepspeed = import_deepspeed()
+    is_writer = torch.distributed.get_rank() == 0
+    twins = master_twins(engine) if engine.zero_optimization_stage() == 0 else {}
+    for name, p in module.named_parameters():
+        value = None
+        if master and p.requires_grad:
+            value = twins[id(p)].detach() if twins else deepspeed.utils.safe_get_full_fp32_param(p)
+        if value is None:
+            with deepspeed.zero.GatheredParameters([p], enabled=hasattr(p, "ds_id")):
+                value = p.detach().to("cpu", copy=True) if is_writer else None
+        if value is not None and is_writer:
+            value = value.to("cpu", torch.float32 if master else value.dtype, copy=True)
+        yield name, value if is_writer else None

@@ -1,0 +1,280 @@
+"""One rank of a gloo group that runs the cases of test_zero.py: `python zero_worker.py RANK WORLD STORE_FILE`.
+
+A line of JSON on stdin is a call {"case": name, ...arguments}, a line on the original stdout its result. One process
+group runs many cases, for importing deepspeed takes seconds.
+"""
+
+import gc
+import json
+import os
+import random
+import sys
+import traceback
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import nn
+
+from ray_kd.trainer import fragments, rng, zero
+
+VOCAB, WIDTH, LENGTH = 64, 16, 12
+RATE = 1e-2
+
+
+class Tiny(nn.Module):
+    """A causal-LM stand-in with what makes partitions awkward: tied, frozen, 5-element and bias parameters."""
+
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCAB, WIDTH)
+        self.norm = nn.LayerNorm(WIDTH)
+        self.frozen = nn.Linear(WIDTH, WIDTH)
+        self.frozen.requires_grad_(False)
+        self.mlp = nn.Linear(WIDTH, WIDTH)
+        self.five = nn.Parameter(torch.linspace(-0.1, 0.1, 5))
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(WIDTH, VOCAB, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens: torch.Tensor, labels: torch.Tensor, scale: float) -> torch.Tensor:
+        h = self.dropout(self.norm(self.embed(tokens)))
+        h = h + torch.tanh(self.mlp(self.frozen(h)))
+        h = h * F.pad(self.five, (0, WIDTH - 5), value=1.0)
+        logits = self.head(self.dropout(h)[labels >= 0])
+        return F.cross_entropy(logits.float(), labels[labels >= 0], reduction="sum") * scale
+
+
+def micro_batches(step: int, total: int, ragged: bool) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The total micro-batches of a global batch, the same on any topology; ragged: uneven, 0 and 1 without a label."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    batches = []
+    for i in range(total):
+        tokens = torch.randint(VOCAB, (2, LENGTH), generator=generator)
+        labels = tokens.roll(-1, dims=1)
+        valid = LENGTH - 1 if not ragged else 0 if i < 2 else 1 + (5 * i + step) % (LENGTH - 1)
+        labels[:, valid:] = -100
+        batches.append((tokens, labels))
+    return batches
+
+
+def build(
+    stage: int,
+    dtype: str,
+    total: int,
+    dropout: float = 0.0,
+    clip: float = 1.0,
+    zero_options: dict[str, Any] | None = None,
+    options: dict[str, Any] | None = None,
+    module: nn.Module | None = None,
+) -> Any:
+    world = torch.distributed.get_world_size()
+    torch.manual_seed(7)
+    module = module or Tiny(dropout)
+    config = zero.deepspeed_config(
+        zero_stage=stage,
+        micro_batch_size=2,
+        gradient_accumulation_steps=total // world,
+        dtype=dtype,
+        max_grad_norm=clip,
+    )
+    # So that some of these tiny parameters are gathered for use and some are not.
+    config["zero_optimization"].update({"stage3_param_persistence_threshold": 100} | (zero_options or {}))
+    config.update(options or {})
+    engine = zero.initialize(module, config, learning_rate=RATE, weight_decay=0.1, betas=(0.9, 0.95))
+    torch.manual_seed(random.randrange(2**30))  # dropout differs between ranks, and a resumed process starts elsewhere
+    return engine
+
+
+def small_scale(dtype: str) -> dict[str, Any]:
+    """fp16 begins with a scale of 256, so that no step is skipped."""
+    return {"fp16": {"enabled": True, "initial_scale_power": 8}} if dtype == "float16" else {}
+
+
+def run_step(engine: Any, step: int, total: int, ragged: bool = False, poison: bool = False) -> dict[str, Any]:
+    """One optimiser step as the trainer makes it. The loss is that of the global batch."""
+    world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+    batches = micro_batches(step, total, ragged)
+    num_valid = sum(int((labels >= 0).sum()) for _, labels in batches)
+    zero.set_learning_rate(engine, rate(step))
+    loss_sum = torch.zeros(())
+    for i, batch in enumerate(batches[rank * total // world : (rank + 1) * total // world]):
+        loss = engine(*batch, float("inf") if poison and i == 0 and rank == world - 1 else 1.0 / num_valid)
+        loss_sum += loss.detach()
+        zero.backward(engine, loss, world)
+    torch.distributed.all_reduce(loss_sum)
+    norm, applied = zero.step(engine)
+    return {"loss": loss_sum.item(), "norm": norm, "applied": applied}
+
+
+def rate(step: int) -> float:
+    return RATE / (1 + step)
+
+
+def dump(engine: Any, path: str, master: bool = True) -> None:
+    weights = dict(zero.full_parameters(engine, engine.module, master=master))
+    if torch.distributed.get_rank() == 0:
+        save_file(weights, path)
+    else:
+        assert set(weights.values()) == {None}
+
+
+def save(engine: Any, folder: str) -> None:
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    files = fragments.save_fragments(engine, engine.module, Path(folder), rank, world)
+    assert all((Path(folder) / name).is_file() for name in files)
+    rng.save_rng(Path(folder), rank)
+
+
+def train(
+    stage: int,
+    dtype: str,
+    out: str,
+    load: str = "",
+    total: int = 2,
+    piece_elements: int = 2**26,
+    max_file_bytes: int = 2 * 10**9,
+    **options: Any,
+) -> dict[str, Any]:
+    """Steps 0-2, a checkpoint `out`, steps 3-5; with load only the latter, resumed from it. Dumps the weights."""
+    fragments._PIECE_ELEMENTS, fragments.MAX_FILE_BYTES = piece_elements, max_file_bytes
+    engine = build(stage, dtype, total, **options)
+    if load:
+        fragments.load_fragments(engine, engine.module, Path(load))
+        rng.load_rng(Path(load), torch.distributed.get_rank())
+    results = []
+    for step in range(3 if load else 0, 6):
+        if step == 3 and not load:
+            save(engine, out)
+            dump(engine, f"{out}.saved_master.safetensors")
+            dump(engine, f"{out}.saved_working.safetensors", master=False)
+        results.append(run_step(engine, step, total))
+    dump(engine, f"{out}.master.safetensors")
+    dump(engine, f"{out}.working.safetensors", master=False)
+    counters = [engine.global_steps, engine.micro_steps * torch.distributed.get_world_size(), engine.global_samples]
+    finish(engine)
+    return {"steps": results[-3:], "counters": counters}
+
+
+def finish(engine: Any) -> None:
+    engine.destroy()
+    gc.collect()
+
+
+def normalise(stage: int, dtype: str, out: str, total: int = 8) -> dict[str, Any]:
+    """Three steps on ragged and empty micro-batches, with clipping at work."""
+    engine = build(stage, dtype, total, clip=0.3, options=small_scale(dtype))
+    steps = [run_step(engine, step, total, ragged=True) for step in range(3)]
+    dump(engine, f"{out}.master.safetensors")
+    finish(engine)
+    return {"steps": steps}
+
+
+def plain(out: str, total: int = 8) -> dict[str, Any]:
+    """What `normalise` must give, in torch alone: one loss over the global batch."""
+    torch.manual_seed(7)
+    module = Tiny(0.0)
+    decayed = [p for p in module.parameters() if p.requires_grad and p.ndim > 1]
+    others = [p for p in module.parameters() if p.requires_grad and p.ndim == 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed}, {"params": others, "weight_decay": 0.0}], weight_decay=0.1, betas=(0.9, 0.95)
+    )
+    steps = []
+    for step in range(3):
+        batches = micro_batches(step, total, ragged=True)
+        tokens, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+        loss = module(tokens, labels, 1.0 / int((labels >= 0).sum()))
+        loss.backward()
+        norm = sum(p.grad.square().sum() for p in decayed + others).sqrt()
+        for p in decayed + others:
+            p.grad *= min(1.0, 0.3 / (norm.item() + 1e-6))
+        for group in optimizer.param_groups:
+            group["lr"] = rate(step)
+        optimizer.step()
+        optimizer.zero_grad()
+        steps.append({"loss": loss.item(), "norm": norm.item(), "applied": True})
+    save_file({name: p.detach() for name, p in module.named_parameters()}, f"{out}.master.safetensors")
+    return {"steps": steps}
+
+
+def poison(stage: int, dtype: str, out: str) -> dict[str, Any]:
+    """A good step, one with an infinite loss on the last rank, a good step."""
+    engine = build(stage, dtype, total=4, options=small_scale(dtype))
+    steps = [run_step(engine, 0, 4)]
+    dump(engine, f"{out}.before.safetensors")
+    steps.append(run_step(engine, 1, 4, poison=True))
+    dump(engine, f"{out}.after.safetensors")
+    steps.append(run_step(engine, 2, 4))
+    counters = [engine.global_steps, engine.skipped_steps, fragments._optimizer_step(engine)]
+    finish(engine)
+    return {"steps": steps, "counters": counters}
+
+
+def rollback(stage: int, dtype: str, out: str) -> dict[str, Any]:
+    """Load into an engine that has already gone on."""
+    engine = build(stage, dtype, total=2)
+    run_step(engine, 0, 2)
+    save(engine, out)
+    first = [run_step(engine, step, 2) for step in (1, 2)]
+    fragments.load_fragments(engine, engine.module, Path(out))
+    second = [run_step(engine, step, 2) for step in (1, 2)]
+    finish(engine)
+    return {"first": first, "second": second}
+
+
+def refused(stage: int, folder: str, kind: str) -> str:
+    """The message of the ValueError or AssertionError that a misuse raises."""
+    module = Tiny(0.0)
+    if kind == "other size":
+        module.five = nn.Parameter(torch.zeros(4))
+    elif kind == "missing":
+        module.more = nn.Parameter(torch.zeros(3))
+    elif kind == "frozen":
+        module.mlp.bias.requires_grad_(False)
+    options = {"round_robin_gradients": True} if kind == "round robin" else {}
+    engine = build(stage, "float32", 2, module=module, zero_options=options)
+    try:
+        if kind == "early step":
+            batch = micro_batches(0, 2, False)[0]
+            zero.backward(engine, engine(*batch, 1.0), 1)
+            zero.step(engine)
+        elif kind == "round robin":
+            save(engine, folder)
+        else:
+            fragments.load_fragments(engine, engine.module, Path(folder))
+    except (ValueError, AssertionError) as error:
+        return str(error)
+    finally:
+        finish(engine)
+    return "nothing was raised"
+
+
+CASES = {case.__name__: case for case in (train, normalise, plain, poison, rollback, refused)}
+
+
+def main() -> None:
+    rank, world, store = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+    torch.set_num_threads(1)
+    # Libraries print to stdout: keep the real one for results.
+    results = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=60)
+    )
+    for line in sys.stdin:
+        call = json.loads(line)
+        try:
+            result = {"ok": CASES[call.pop("case")](**call)}
+        except Exception:
+            result = {"error": traceback.format_exc()}
+        print(json.dumps(result), file=results, flush=True)
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
