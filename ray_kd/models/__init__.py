@@ -1,0 +1,53 @@
+"""Causal language models as the rest of the package sees them; no ray, no deepspeed.
+
+folder.py   is a path or hub id usable, which model is it; atomic folders
+load.py     load safely and quietly; compare vocabularies; Liger patches
+decoder.py  the decoder without its head, and the head
+layers.py   a student made of the teacher's layers
+"""
+
+from ray_kd.models.decoder import (
+    Head,
+    base_causal_lm,
+    check_architecture,
+    decoder_hidden,
+    decoder_of,
+    require_plain_head,
+)
+from ray_kd.models.folder import atomic_folder, check_model, is_local, local_folder, model_identity, tokenizer_identity
+from ray_kd.models.layers import block_influence, check_layers, choose_layers, init_from_layers
+from ray_kd.models.load import (
+    DTYPES,
+    apply_liger,
+    compare_vocabularies,
+    load_causal_lm,
+    load_tokenizer,
+    quiet,
+    torch_dtype,
+)
+
+__all__ = [
+    "DTYPES",
+    "Head",
+    "apply_liger",
+    "atomic_folder",
+    "base_causal_lm",
+    "block_influence",
+    "check_architecture",
+    "check_layers",
+    "check_model",
+    "choose_layers",
+    "compare_vocabularies",
+    "decoder_hidden",
+    "decoder_of",
+    "init_from_layers",
+    "is_local",
+    "load_causal_lm",
+    "load_tokenizer",
+    "local_folder",
+    "model_identity",
+    "quiet",
+    "require_plain_head",
+    "tokenizer_identity",
+    "torch_dtype",
+]

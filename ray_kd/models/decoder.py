@@ -1,0 +1,148 @@
+"""A causal LM in two halves: the decoder without its head, and the head.
+
+In: packed rows, input_ids and position_ids [B, T]. Out: final-normed hidden states [B, T, D]; logits [N, V] only for
+the positions asked for, so the vocabulary-sized product is never paid for prompt and padding tokens.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from ray_kd.errors import ConfigError
+
+
+def base_causal_lm(model: nn.Module) -> PreTrainedModel:
+    """The transformers model itself, out of a peft wrapper if it is in one."""
+    wrapped: Any = model
+    inner = wrapped.get_base_model() if hasattr(model, "get_base_model") else model
+    assert isinstance(inner, PreTrainedModel)
+    return inner
+
+
+def decoder_of(model: nn.Module) -> nn.Module:
+    """The decoder of a causal LM: embeddings, layers and final norm, no head."""
+    base: Any = base_causal_lm(model)  # torch types every attribute of a module as Tensor | Module
+    decoder = base.get_decoder()
+    assert isinstance(decoder, nn.Module)
+    return decoder
+
+
+def decoder_hidden(model: nn.Module, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    """Final-normed hidden states [B, T, D] of packed rows; documents do not see each other.
+
+    input_ids, position_ids: integer [B, T]; position_ids restart at 0 with each document.
+    Without an attention mask and a cache transformers reads the documents out of position_ids; with an all-ones mask
+    or the default cache they would silently attend to each other (`check_architecture` measures it).
+    """
+    output = decoder_of(model)(
+        input_ids=input_ids.long(), position_ids=position_ids.long(), attention_mask=None, use_cache=False
+    )
+    hidden: Tensor = output.last_hidden_state
+    return hidden
+
+
+@dataclass(frozen=True)
+class Head:
+    """What turns hidden states into logits: softcap(scale * (hidden @ weight.T + bias))."""
+
+    weight: Tensor
+    """[V, D]."""
+    bias: Tensor | None = None
+    """[V]."""
+    softcap: float | None = None
+    """logits = softcap * tanh(logits / softcap), as in Gemma 2 (https://arxiv.org/abs/2408.00118)."""
+    scale: float = 1.0
+    """Cohere multiplies by logit_scale, Granite divides by logits_scaling."""
+
+    @property
+    def vocab_size(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the head is a bare matmul with an optional bias, which the fused loss needs of a student."""
+        return self.softcap is None and self.scale == 1.0
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "Head":
+        """The head of a loaded model; weight and bias are the model's own tensors, not copies.
+
+        Raises ConfigError for a model without an output projection. What cannot be seen from the config
+        (a multiplier with a name of its own) is caught by `check_architecture`.
+        """
+        base = base_causal_lm(model)
+        projection = base.get_output_embeddings()
+        if projection is None:
+            raise ConfigError(f"{type(base).__name__} has no output projection (lm_head)")
+        config = base.config.get_text_config()
+        scale = 1.0
+        for name, power in (("logit_scale", 1), ("lm_head_multiplier", 1), ("logits_scaling", -1)):
+            value = getattr(config, name, None)
+            if value is not None:
+                scale *= float(value) ** power
+        return cls(
+            weight=projection.weight.detach(),
+            bias=None if getattr(projection, "bias", None) is None else projection.bias.detach(),
+            softcap=getattr(config, "final_logit_softcapping", None),
+            scale=scale,
+        )
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [N, D] -> logits [N, V] float32; the product runs in the weight's dtype, as in the model itself."""
+        logits = functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias).float()
+        if self.scale != 1.0:
+            logits.mul_(self.scale)
+        if self.softcap is not None:
+            logits.div_(self.softcap).tanh_().mul_(self.softcap)
+        return logits
+
+    def to(self, device: torch.device | str) -> "Head":
+        """The same head on another device."""
+        bias = None if self.bias is None else self.bias.to(device)
+        return Head(self.weight.to(device), bias, self.softcap, self.scale)
+
+
+def require_plain_head(model: nn.Module) -> None:
+    """Refuse a student whose head is not a bare matmul: the fused loss works on lm_head.weight and bias alone."""
+    head = Head.of(model)
+    if not head.is_plain:
+        name = type(base_causal_lm(model)).__name__
+        what = (
+            f"caps its logits at {head.softcap}" if head.softcap is not None else f"scales its logits by {head.scale}"
+        )
+        raise ConfigError(f"student: {name} {what}; a student needs a plain lm_head (it is fine as a teacher)")
+
+
+@torch.no_grad()
+def check_architecture(model: nn.Module) -> None:
+    """Measure on a few tokens that packed documents are independent and that `Head` gives the model's logits.
+
+    Architectures that ignore position_ids (learned positions from a mask, state-space layers) would train on documents
+    that see each other, and heads with a multiplier of their own would give wrong targets; neither fails by itself.
+    Raises ConfigError naming the architecture. Costs three forwards of at most 2 x 12 tokens. Not under ZeRO-3.
+    """
+    base: Any = base_causal_lm(model)
+    name, device, dtype = type(base).__name__, base.device, next(base.parameters()).dtype
+    vocab = base.get_input_embeddings().num_embeddings
+    was_training = model.training
+    model.eval()
+    # Two rows with different first documents and the same second one.
+    spread = (torch.arange(24, device=device) * 7919 + 11) % vocab
+    first, second = spread[:16].view(2, 8), spread[16:20].expand(2, 4)
+    positions = torch.cat([torch.arange(8), torch.arange(4)]).expand(2, 12).to(device)
+    packed = decoder_hidden(model, torch.cat([first, second], dim=1), positions)[:, 8:].float()
+    alone = decoder_hidden(model, second[:1], positions[:1, 8:]).float()
+    logits = base(input_ids=second[:1], use_cache=False).logits[0].float()
+    model.train(was_training)
+
+    tolerance = 1e-3 if dtype in (torch.float32, torch.float64) else 5e-2
+    size = alone.norm()
+    if (packed[0] - packed[1]).norm() > tolerance * size or (packed[0] - alone[0]).norm() > 2 * tolerance * size:
+        raise ConfigError(f"{name} lets packed documents see each other (it ignores position_ids); it cannot be used")
+    ours = Head.of(model).logits(alone[0])
+    if ours.shape != logits.shape or (ours - logits).norm() > tolerance * logits.norm():
+        raise ConfigError(f"{name} does not compute its logits as lm_head(hidden) with a known cap or scale")

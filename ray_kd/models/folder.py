@@ -1,0 +1,239 @@
+"""A model folder or hub id before anything heavy: is it there, is it usable, which one is it.
+
+Only configs, file lists, safetensors headers and a few blocks of weights are read here: milliseconds for any size.
+"""
+
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import (
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from ray_kd.errors import ConfigError
+
+_GENERATIVE = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+_SAMPLE_BYTES = 1 << 16
+_SAMPLES_PER_FILE = 16
+_LEFTOVER_AGE_S = 24 * 3600
+_HUB_TIMEOUT_S = 30.0
+
+
+def is_local(path_or_id: str) -> bool:
+    """Whether a model is named by a path rather than a hub id (`name` or `owner/name`).
+
+    True for what exists, for what begins like a path, and for a relative path whose parent folder exists.
+    """
+    path = Path(path_or_id).expanduser()
+    if path.exists() or path_or_id.startswith((".", "/", "~")) or path_or_id.count("/") > 1:
+        return True
+    return "/" in path_or_id and path.parent.is_dir()
+
+
+def local_folder(path_or_id: str) -> str:
+    """The model as transformers wants it: a path with `~` resolved, or the hub id as it stands."""
+    return str(Path(path_or_id).expanduser()) if is_local(path_or_id) else path_or_id
+
+
+def check_model(path_or_id: str, revision: str | None, what: str) -> PreTrainedConfig:
+    """Refuse a model that could not be used, before a process or a GPU is asked for; returns its config.
+
+    what: "teacher" or "student", for the messages. A local folder needs config.json and complete safetensors
+    weights; a hub id is resolved through the hub, or the local hub cache when the hub cannot be reached.
+    Raises ConfigError (one line) for anything else: a missing path, weights in another format, truncated or missing
+    shards, a model that is not decoder-only, one that needs its own code (trust_remote_code stays off), and a
+    quantised student.
+    """
+    if is_local(path_or_id):
+        _check_files(Path(path_or_id).expanduser(), what)
+    else:
+        names = _hub_model(path_or_id, revision, what).files
+        if not any(name.endswith(".safetensors") for name in names):
+            raise ConfigError(f"{what}.model '{path_or_id}' has no safetensors weights on the hub{_found(names)}")
+    config = _read_config(path_or_id, revision, what)
+    _check_decoder_only(config, path_or_id, what)
+    if what == "student" and getattr(config, "quantization_config", None):
+        raise ConfigError(f"student.model '{path_or_id}' is quantised and cannot be trained; use the full weights")
+    return config
+
+
+def model_identity(path_or_id: str, revision: str | None = None) -> str:
+    """Which model this is, by content and never by path or time: equal for copies, different after training.
+
+    Local: "sha256:<hex>" over config.json, the shard index and, per safetensors file, its size, its header and 16
+    blocks of 64 KiB spread over the weights (headers alone are equal for two trainings of one architecture).
+    Hub: "<id>@<commit>". Raises ConfigError where neither can be read.
+    """
+    if not is_local(path_or_id):
+        return f"{path_or_id}@{_hub_model(path_or_id, revision, 'teacher').commit}"
+    folder = Path(path_or_id).expanduser()
+    digest = hashlib.sha256()
+    for path in sorted([folder / "config.json", *folder.glob("*.safetensors.index.json")]):
+        if not path.is_file():
+            raise ConfigError(f"model folder '{folder}' has no {path.name}")
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name}\0{size}\0".encode())
+        with path.open("rb") as file:
+            header = int.from_bytes(file.read(8), "little")
+            digest.update(file.read(header))
+            for sample in range(_SAMPLES_PER_FILE):
+                file.seek(8 + header + (size - 8 - header) * sample // _SAMPLES_PER_FILE)
+                digest.update(file.read(_SAMPLE_BYTES))
+    return f"sha256:{digest.hexdigest()}"
+
+
+def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
+    """ "sha256:<hex>" of everything that decides ids: vocabulary, rules, special tokens and the chat template.
+
+    The same after save_pretrained and loading again.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    content = {
+        "vocabulary": sorted(tokenizer.get_vocab().items()),
+        "rules": {k: v for k, v in json.loads(backend.to_str()).items() if k not in ("truncation", "padding")}
+        if backend is not None
+        else type(tokenizer).__name__,
+        "special": {name: str(token) for name, token in sorted(tokenizer.special_tokens_map.items())},
+        "template": tokenizer.chat_template,
+    }
+    return f"sha256:{hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()}"
+
+
+@contextmanager
+def atomic_folder(folder: str | Path) -> Iterator[Path]:
+    """Write into the yielded folder; it becomes `folder` on success and is removed on failure.
+
+    A reader sees the old folder, none, or the complete new one. What a killed writer left is swept after a day.
+    """
+    target = Path(folder)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in target.parent.glob(f".{target.name}.partial-*"):
+        if time.time() - leftover.stat().st_mtime > _LEFTOVER_AGE_S:
+            shutil.rmtree(leftover)
+    partial = target.parent / f".{target.name}.partial-{secrets.token_hex(4)}"
+    partial.mkdir()
+    try:
+        yield partial
+        _readable(partial)
+        if target.exists():
+            old = target.parent / f".{target.name}.partial-old-{secrets.token_hex(4)}"
+            os.rename(target, old)
+            os.rename(partial, target)
+            shutil.rmtree(old)
+        else:
+            os.rename(partial, target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _readable(folder: Path) -> None:
+    """Give files the permissions of the process's umask: safetensors writes 0600, unreadable on shared storage."""
+    mode = 0o666 & (folder.stat().st_mode | 0o600)
+    for path in folder.iterdir():
+        path.chmod(mode)
+
+
+def _check_files(folder: Path, what: str) -> None:
+    key = f"{what}.model"
+    if not folder.exists():
+        raise ConfigError(f"{key}: '{folder}' does not exist")
+    if not folder.is_dir():
+        hint = "; convert it to a model folder first" if folder.suffix == ".gguf" else ""
+        raise ConfigError(f"{key}: '{folder}' is a file, not a model folder{hint}")
+    names = sorted(entry.name for entry in folder.iterdir())
+    if "config.json" not in names:
+        hint = "; it is a PEFT adapter: merge it into its base model first" if "adapter_config.json" in names else ""
+        raise ConfigError(f"{key}: '{folder}' has no config.json{hint or _found(names)}")
+    weights = [name for name in names if name.endswith(".safetensors")]
+    if not weights:
+        raise ConfigError(f"{key}: '{folder}' is a model folder without safetensors{_found(names)}")
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            shards = set(json.loads(index.read_text())["weight_map"].values())
+        except (ValueError, KeyError, AttributeError) as error:
+            raise ConfigError(f"{key}: '{index}' is not a readable shard index") from error
+        missing = sorted(shards - set(weights))
+        if missing:
+            raise ConfigError(f"{key}: '{folder}' lacks {len(missing)} of {len(shards)} shards, first '{missing[0]}'")
+    for name in weights:
+        try:
+            with safe_open(folder / name, framework="np"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise ConfigError(f"{key}: '{folder / name}' is truncated or not safetensors ({_line(error)})") from error
+
+
+def _found(names: list[str]) -> str:
+    weights = [
+        name for name in names if Path(name).suffix in (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack")
+    ]
+    listed = weights or names
+    return f" (found {', '.join(listed[:3])}{', ...' if len(listed) > 3 else ''})" if listed else " (it is empty)"
+
+
+def _read_config(path_or_id: str, revision: str | None, what: str) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(local_folder(path_or_id), revision=revision, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # what transformers raises for bad JSON
+        raise ConfigError(f"{what}.model '{path_or_id}': config.json cannot be used: {_line(error)}") from error
+
+
+def _check_decoder_only(config: PreTrainedConfig, path_or_id: str, what: str) -> None:
+    names = list(config.architectures or [])
+    generative = not names or any(name.endswith(_GENERATIVE) for name in names)
+    if config.is_encoder_decoder or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or not generative:
+        raise ConfigError(
+            f"{what}.model '{path_or_id}' is not a decoder-only language model"
+            f" (model_type {config.model_type}, architectures {', '.join(names) or 'not given'})"
+        )
+
+
+@dataclass(frozen=True)
+class _HubModel:
+    commit: str
+    files: list[str]
+
+
+def _hub_model(model_id: str, revision: str | None, what: str) -> _HubModel:
+    """What the hub, or its local cache when the hub cannot be reached, knows about a model."""
+    try:
+        info = HfApi().model_info(model_id, revision=revision, timeout=_HUB_TIMEOUT_S)
+    except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError) as error:
+        where = f" at revision '{revision}'" if revision else ""
+        access = " (or it is private and no token was given)" if isinstance(error, RepositoryNotFoundError) else ""
+        raise ConfigError(
+            f"{what}.model '{model_id}' is neither a local folder nor a hub model{where}{access}"
+        ) from error
+    except Exception as error:  # the HTTP library under huggingface_hub changes its name with the version
+        try:
+            folder = Path(snapshot_download(model_id, revision=revision, local_files_only=True))
+        except LocalEntryNotFoundError:
+            raise ConfigError(
+                f"{what}.model '{model_id}' is not a local folder, and the hub cannot be reached ({_line(error)})"
+            ) from error
+        return _HubModel(folder.name, [entry.name for entry in folder.iterdir()])
+    return _HubModel(str(info.sha), [sibling.rfilename for sibling in info.siblings or []])
+
+
+def _line(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:197] + "..."

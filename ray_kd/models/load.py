@@ -1,0 +1,137 @@
+"""Load a causal LM and its tokenizer: safetensors only, no code from the model's folder, no progress bars."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils import logging
+
+from ray_kd.errors import ConfigError
+from ray_kd.models.decoder import base_causal_lm
+from ray_kd.models.folder import local_folder
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def torch_dtype(dtype: str) -> torch.dtype | str:
+    """ "auto" or the torch dtype of that name. Raises ConfigError for any other."""
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype '{dtype}' is unknown; allowed: {', '.join(DTYPES)}")
+    return dtype if dtype == "auto" else getattr(torch, dtype)
+
+
+def load_causal_lm(
+    path: str,
+    revision: str | None = None,
+    dtype: str = "auto",
+    device: str | torch.device = "cpu",
+) -> PreTrainedModel:
+    """The model in eval mode on `device`, with sdpa attention where the architecture has it, else eager.
+
+    dtype: "auto" (as saved) | "float32" | "bfloat16" | "float16". Raises ConfigError when the weights cannot be read
+    or do not fill the model: transformers would start missing ones at random and go on.
+    """
+    source = local_folder(path)
+    with quiet():
+        try:
+            config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+            architecture: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                source,
+                revision=revision,
+                dtype=torch_dtype(dtype),
+                use_safetensors=True,
+                trust_remote_code=False,
+                attn_implementation="sdpa" if architecture._supports_sdpa else "eager",
+                output_loading_info=True,
+            )
+        except (OSError, ValueError, KeyError) as error:
+            if isinstance(error, ConfigError):
+                raise
+            raise ConfigError(f"model '{path}' cannot be loaded: {' '.join(str(error).split())}") from error
+    model, info = loaded
+    wrong = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+    if wrong:
+        raise ConfigError(f"model '{path}': {len(wrong)} weights are missing or of another shape, first {wrong[0]}")
+    return model.to(device).eval()
+
+
+def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder or hub id. Raises ConfigError when there is none."""
+    with quiet():
+        try:
+            return AutoTokenizer.from_pretrained(local_folder(path), revision=revision, trust_remote_code=False)
+        except (OSError, ValueError, KeyError) as error:
+            raise ConfigError(f"model '{path}' has no usable tokenizer: {' '.join(str(error).split())}") from error
+
+
+def compare_vocabularies(
+    teacher_tokenizer: PreTrainedTokenizerBase,
+    student_tokenizer: PreTrainedTokenizerBase,
+    teacher_vocab: int,
+    student_vocab: int,
+) -> list[str]:
+    """Refuse a teacher and a student whose token ids mean different things; returns warnings.
+
+    teacher_vocab, student_vocab: rows of the models' heads (`config.vocab_size`), which may exceed the tokenizers'.
+    Raises ConfigError (one line, both sizes and the first tokens that differ) when an id stands for different tokens,
+    special ones included, or when the teacher may name ids that the student does not have.
+    Different *roles* of equal tokens (a base and an instruct model with another eos) are only warned about.
+    """
+    teacher, student = teacher_tokenizer.get_vocab(), student_tokenizer.get_vocab()
+    if teacher != student:
+        by_id = [{index: token for token, index in vocabulary.items()} for vocabulary in (teacher, student)]
+        differing = [i for i in sorted(by_id[0].keys() | by_id[1].keys()) if by_id[0].get(i) != by_id[1].get(i)]
+        shown = ", ".join(f"{i}: {by_id[0].get(i)!r} / {by_id[1].get(i)!r}" for i in differing[:3])
+        raise ConfigError(
+            f"teacher and student have different vocabularies ({len(teacher)} and {len(student)} tokens;"
+            f" {len(differing)} ids differ, teacher / student {shown})"
+        )
+    if teacher_vocab > student_vocab:
+        raise ConfigError(
+            f"the teacher's head has {teacher_vocab} ids and the student's {student_vocab}:"
+            " the teacher may name tokens that the student does not have"
+        )
+    if len(student) > student_vocab:
+        raise ConfigError(f"the tokenizer has {len(student)} tokens and the student's vocabulary only {student_vocab}")
+    warnings = []
+    for role in ("bos_token", "eos_token", "pad_token"):
+        ours, theirs = getattr(student_tokenizer, role), getattr(teacher_tokenizer, role)
+        if ours != theirs:
+            warnings.append(f"{role} is {theirs!r} for the teacher and {ours!r} for the student")
+    return warnings
+
+
+def apply_liger(model: nn.Module) -> bool:
+    """Replace norms, rotary embedding and MLP of a loaded student by Liger's Triton kernels; whether it was done.
+
+    False without CUDA (the kernels need a GPU driver) and for architectures Liger does not know. Its fused linear
+    cross-entropy stays off: the loss here has its own. Not run on a GPU by this project's tests.
+    """
+    if not torch.cuda.is_available():
+        return False
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN, _apply_liger_kernel_to_instance
+
+    base = base_causal_lm(model)
+    if base.config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
+        return False
+    _apply_liger_kernel_to_instance(model=base, fused_linear_cross_entropy=False, cross_entropy=False)
+    return True
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars and no advice from transformers inside; errors still travel as exceptions."""
+    verbosity, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if had_bars:
+            logging.enable_progress_bar()
