@@ -1,0 +1,15 @@
+"""One divergence a file; the file name is the config value (`divergence: {kind: jsd, beta: 0.3}` is jsd.py).
+
+A file holds a `Config` dataclass and one function
+
+    divergence(log_p, log_q, config) -> (value [n], score [n, S])
+
+log_p and log_q [n, S] are student and teacher log-probabilities on one common support of S outcomes (the K tokens
+the teacher sent, then the bucket when there is one), float32 or float64, finite everywhere: an empty slot holds the
+same negligible log-probability on both sides. value is D(q, p); score is dD/d(log p) with the entries of log p taken as
+independent. Temperature, tails, the chain rule through the softmax to the logits, chunking and cross-entropy are
+shared machinery (`tail.py`, `fused_linear.py`) and do not belong here.
+
+`Config.tails` names the tail policies the divergence is well posed with; without it: bucket and renormalize,
+where log_p and log_q are normalised on the support, so that terms of the score proportional to p may be left out.
+"""
