@@ -77,12 +77,12 @@ def options(group: str, value: str | Mapping[str, Any], key: str) -> tuple[Modul
         raise ConfigError(f"{key}.kind is missing. Available: {', '.join(available(group))}")
     module = load(group, kind)
     schema = OmegaConf.structured(module.Config)
+    names = [str(name) for name in schema]  # `in` would leave out the required ones
     for name in given:
-        if name not in schema:
-            names = list(schema.keys())
+        if name not in names:
             raise ConfigError(
-                f"{key}: unknown option '{name}' of kind '{kind}'{nearest(name, map(str, names))}"
-                f" Available: {', '.join(map(str, names)) or 'none'}"
+                f"{key}: unknown option '{name}' of kind '{kind}'{nearest(name, names)}"
+                f" Available: {', '.join(names) or 'none'}"
             )
     try:
         return module, OmegaConf.to_object(OmegaConf.merge(schema, given))

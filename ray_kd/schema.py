@@ -4,7 +4,10 @@ A row is packed before the teacher sees it and has a fixed length T = `data.sequ
 Costs: 12 bytes a token for the prepared columns; the payload adds its own (`payloads/`).
 """
 
+from typing import Any
+
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 SCHEMA_VERSION = 1
@@ -46,3 +49,15 @@ def next_labels(labels: NDArray[np.integer]) -> NDArray[np.integer]:
     shifted = np.full_like(labels, IGNORED_LABEL)
     shifted[..., :-1] = labels[..., 1:]
     return shifted
+
+
+def to_numpy(table: pa.Table) -> dict[str, NDArray[Any]]:
+    """Columns of a table of rows as arrays: lists of one length [n, T], numbers [n]; no binary, no strings."""
+    arrays = {}
+    for name in table.column_names:
+        column = table.column(name).combine_chunks()
+        if pa.types.is_list(column.type) or pa.types.is_fixed_size_list(column.type):
+            arrays[name] = column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1)
+        elif not (pa.types.is_binary(column.type) or pa.types.is_string(column.type)):
+            arrays[name] = column.to_numpy(zero_copy_only=False)
+    return arrays

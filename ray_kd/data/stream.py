@@ -42,7 +42,7 @@ def read_slots(order: SlotOrder, prepared: PreparedData, start: int, stop: int) 
     is_dummy = row_ids == DUMMY_ROW
     table = prepared.read_rows(np.where(is_dummy, 0, row_ids)).select(list(schema.PREPARED_COLUMNS))
     if is_dummy.any():
-        labels = np.stack(table.column(schema.LABELS).to_numpy()).copy()
+        labels = schema.to_numpy(table.select([schema.LABELS]))[schema.LABELS].copy()
         labels[is_dummy] = schema.IGNORED_LABEL
         table = _replace(table, schema.ROW_ID, pa.array(row_ids))
         flat = pa.array(labels.reshape(-1), type=pa.int32())

@@ -1,7 +1,8 @@
 """The teacher stage: a Ray Data actor that adds the teacher's answer to every row of a block.
 
 Comes in: blocks of rows with `slot` and `weight`. Goes out: the same rows, in order, with `teacher_payload`,
-`teacher_busy_s` and `teacher_error`. The engine is built once per actor and serves all epochs. Dummy rows (weight 0) are passed through with an empty payload.
+`teacher_busy_s` and `teacher_error`. The engine is built once per actor and serves all epochs. Dummy rows
+(weight 0) are passed through with an empty payload.
 
 A row the teacher cannot answer usably keeps its slot, gets weight 0 and carries the reason: slots never shift and
 a failed answer is never replaced by padding. An engine that raises for the whole block is retried by Ray
@@ -62,13 +63,14 @@ class TeacherStage:
         self._engine = spec.build()
         self._request = request
         Path(journal_dir).mkdir(parents=True, exist_ok=True)
-        self._journal = open(Path(journal_dir) / f"{uuid.uuid4().hex}.jsonl", "a", buffering=1)  # noqa: SIM115 - open for the actor's life
+        self._journal = (Path(journal_dir) / f"{uuid.uuid4().hex}.jsonl").open("a", buffering=1)
 
     def __call__(self, block: pa.Table) -> pa.Table:
         start = time.perf_counter()
-        weight = block.column(schema.WEIGHT).to_numpy().copy()
+        columns = schema.to_numpy(block.select([schema.SLOT, schema.WEIGHT]))
+        slots, weight = columns[schema.SLOT], columns[schema.WEIGHT].copy()
         asked = np.flatnonzero(weight > 0)
-        answers = self._engine.annotate(_rows(block, asked), self._request) if len(asked) else []
+        answers = self._engine.annotate(_prepared(block, asked), self._request) if len(asked) else []
         assert len(answers) == len(asked), f"engine answered {len(answers)} of {len(asked)} rows"
 
         payloads: list[bytes] = [b""] * block.num_rows
@@ -80,7 +82,6 @@ class TeacherStage:
                 payloads[place] = answer.encode()
 
         busy_s = time.perf_counter() - start
-        slots = block.column(schema.SLOT).to_numpy()
         self._journal.write(
             json.dumps({"slots": [int(slots[i]) for i in asked], "busy_s": round(busy_s, 6), "pid": os.getpid()}) + "\n"
         )
@@ -91,26 +92,6 @@ class TeacherStage:
         return block.append_column(schema.TEACHER_ERROR, pa.array(errors, type=pa.string()))
 
 
-def count_rows(journal_dir: str | Path) -> tuple[int, int]:
-    """(rows through the engine over all actors and restarts, how many of them were done before).
-
-    A line cut short by a kill is the actor's last and is not counted.
-    """
-    done: set[int] = set()
-    total = 0
-    for path in sorted(Path(journal_dir).glob("*.jsonl")):
-        for line in path.read_text().splitlines(keepends=True):
-            if line.endswith("\n"):
-                slots = json.loads(line)["slots"]
-                total += len(slots)
-                done.update(slots)
-    return total, total - len(done)
-
-
-def _rows(block: pa.Table, places: np.ndarray) -> dict[str, np.ndarray]:
-    """The prepared columns of some rows as numpy: row_id [B], the others int32 [B, T]."""
-    taken = block.select(list(schema.PREPARED_COLUMNS)).take(pa.array(places)).combine_chunks()
-    rows = {schema.ROW_ID: taken.column(schema.ROW_ID).to_numpy()}
-    for name in (schema.INPUT_IDS, schema.LABELS, schema.POSITION_IDS):
-        rows[name] = np.stack(taken.column(name).to_numpy(zero_copy_only=False))
-    return rows
+def _prepared(block: pa.Table, places: np.ndarray) -> dict[str, np.ndarray]:
+    """The prepared columns of some rows: row_id [B] int64, the others [B, T] int32."""
+    return schema.to_numpy(block.select(list(schema.PREPARED_COLUMNS)).take(pa.array(places)))

@@ -40,12 +40,9 @@ def collate(rows: pa.Table, top_k: int) -> MicroBatch:
 
     Rows of weight 0 (dummies, refused answers) go through the decoder but have no target position.
     """
-    input_ids, labels, position_ids = (
-        np.stack(rows.column(name).to_numpy(zero_copy_only=False))
-        for name in (schema.INPUT_IDS, schema.LABELS, schema.POSITION_IDS)
-    )
-    weight = rows.column(schema.WEIGHT).to_numpy()
-    labels = np.where(weight[:, None] > 0, labels, schema.IGNORED_LABEL)
+    columns = schema.to_numpy(rows)
+    input_ids, position_ids, weight = (columns[n] for n in (schema.INPUT_IDS, schema.POSITION_IDS, schema.WEIGHT))
+    labels = np.where(weight[:, None] > 0, columns[schema.LABELS], schema.IGNORED_LABEL)
     is_target = schema.target_positions(labels, position_ids)
 
     ids, logprobs, nbytes = [np.empty((0, top_k), np.int64)], [np.empty((0, top_k), np.float32)], 0
@@ -67,12 +64,12 @@ def collate(rows: pa.Table, top_k: int) -> MicroBatch:
         labels=torch.from_numpy(schema.next_labels(labels).reshape(-1)[targets].astype(np.int64)),
         teacher_ids=torch.from_numpy(np.concatenate(ids)),
         teacher_logprobs=torch.from_numpy(np.concatenate(logprobs)),
-        slots=rows.column(schema.SLOT).to_numpy(),
-        row_ids=rows.column(schema.ROW_ID).to_numpy(),
+        slots=columns[schema.SLOT],
+        row_ids=columns[schema.ROW_ID],
         errors=rows.column(schema.TEACHER_ERROR).to_pylist(),
         num_tokens=_count_tokens(position_ids, labels, weight),
         payload_nbytes=nbytes,
-        teacher_busy_s=float(rows.column(schema.TEACHER_BUSY_S).to_numpy().sum()),
+        teacher_busy_s=float(columns[schema.TEACHER_BUSY_S].sum()),
     )
 
 

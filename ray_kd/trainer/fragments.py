@@ -93,9 +93,8 @@ def save_fragments(engine: Any, module: nn.Module, folder: Path, rank: int, worl
     Costs host memory for one file (about 2 GB). At stage 0, where all ranks hold all, each writes its 1 / world.
     Raises ValueError with `round_robin_gradients`, whose order DeepSpeed's own fragment addresses do not describe.
     """
-    _check_supported(engine)
+    _check_engine(engine)
     assert (rank, world) == (torch.distributed.get_rank(), torch.distributed.get_world_size())
-    assert engine.micro_steps % engine.gradient_accumulation_steps() == 0, "inside an accumulation: gradients are lost"
     state = inner_optimizer(engine).state
     files: list[str] = []
     pending: dict[str, torch.Tensor] = {}
@@ -145,7 +144,7 @@ def load_fragments(engine: Any, module: nn.Module, folder: Path) -> None:
     The folder must have been verified (`checkpoint.verify`). Raises ValueError naming parameters that are missing,
     unknown or of another size, and for an incomplete set of fragments.
     """
-    _check_supported(engine)
+    _check_engine(engine)
     records = _read_records(folder)
     record = records[0]
     _compare_parameters(record["parameters"], _shapes(module), folder)
@@ -287,7 +286,8 @@ def _shapes(module: nn.Module) -> dict[str, list[int]]:
     return {name: list(getattr(p, "ds_shape", p.shape)) for name, p in module.named_parameters() if p.requires_grad}
 
 
-def _check_supported(engine: Any) -> None:
+def _check_engine(engine: Any) -> None:
+    assert engine.ray_kd_micro_batches == 0, "between two steps only: gradients are not part of a checkpoint"
     if engine.zero_round_robin_gradients():
         raise ConfigError("zero_optimization.round_robin_gradients is true; checkpoints need it false")
 

@@ -69,7 +69,11 @@ class Ledger:
     def state(self) -> dict[str, Any]:
         """JSON for the checkpoint."""
         packed = zlib.compress(np.packbits(self._trained).tobytes())
-        return {"totals": asdict(self.totals), "trained": base64.b64encode(packed).decode()}
+        return {
+            "totals": asdict(self.totals),
+            "rows_consumed": self.rows_consumed,
+            "trained": base64.b64encode(packed).decode(),
+        }
 
     @classmethod
     def from_state(cls, num_rows: int, num_planned_rows: int, state: dict[str, Any]) -> "Ledger":

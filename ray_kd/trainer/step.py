@@ -48,7 +48,7 @@ class DistillModule(nn.Module):
         hidden = models.decoder_hidden(self.student, input_ids, position_ids)
         if micro_batch is None:
             return hidden
-        head = models.lm_head(self.student)
+        head = models.base_causal_lm(self.student).get_output_embeddings()
         out = fused_linear_kd_loss(
             hidden.flatten(0, 1)[micro_batch.targets.to(hidden.device)],
             head.weight,

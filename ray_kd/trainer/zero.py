@@ -128,6 +128,8 @@ def initialize(
         # decays the master weights and leaves the step count at 1, so every bias correction is one step late.
         inner_optimizer(engine).state.clear()
         engine.optimizer.refresh_fp32_params()
+    # DeepSpeed's own counter does not tell "before the last backward" from "after it"; see `step`.
+    engine.ray_kd_micro_batches = 0
     return engine
 
 
@@ -138,21 +140,22 @@ def set_learning_rate(engine: Any, learning_rate: float) -> None:
 
 
 def backward(engine: Any, loss: torch.Tensor, world_size: int) -> None:
-    """Add the gradient of loss to the step's; loss must be the very tensor that `engine(...)` returned.
+    """Add the gradient of loss, the tensor that `engine(...)` returned, to the step's.
 
     loss: this micro-batch's sum over tokens divided by the valid tokens of the global batch, so that the step's
     gradient is the plain sum over micro-batches and ranks. DeepSpeed divides by the accumulation steps and averages
     over ranks; both are undone here and nowhere else. (`scale_wrt_gas=False` would be the tool for the former, but
-    0.19 divides anyway at stage 0 when given the forward's own output.)
+    0.19 divides anyway at stage 0 when given the forward's own output.) AssertionError for one micro-batch too many.
     """
+    assert engine.ray_kd_micro_batches < engine.gradient_accumulation_steps(), "all micro-batches of the step are done"
     factor = float(world_size * engine.gradient_accumulation_steps())
     if engine.fp16_enabled() and engine.zero_optimization_stage() == 0:
         # Upstream bug: engine.backward scales fp16 losses for the ZeRO optimizers only, yet stage 0's wrapper divides
         # the gradient by the scale: Adam saw gradients 65536 times too small, next to its eps, and never clipped.
         factor *= engine.optimizer.loss_scale
-    is_last = engine.is_gradient_accumulation_boundary()
     engine.backward(loss.float() * factor)  # an fp16 loss would overflow
-    if not is_last:
+    engine.ray_kd_micro_batches += 1
+    if engine.ray_kd_micro_batches < engine.gradient_accumulation_steps():
         engine.step()  # away from the boundary it only counts the micro-batch
 
 
@@ -162,10 +165,9 @@ def step(engine: Any) -> tuple[float, bool]:
     A gradient that is not finite is not applied at any stage: (inf or nan, False), weights and moments as before.
     Collective. AssertionError unless exactly gradient_accumulation_steps backwards came before.
     """
-    assert engine.is_gradient_accumulation_boundary(), (
-        f"step after {engine.micro_steps % engine.gradient_accumulation_steps()} of"
-        f" {engine.gradient_accumulation_steps()} micro-batches"
-    )
+    done, wanted = engine.ray_kd_micro_batches, engine.gradient_accumulation_steps()
+    assert done == wanted, f"step after {done} of {wanted} micro-batches"
+    engine.ray_kd_micro_batches = 0
     if engine.optimizer is inner_optimizer(engine):
         return _step_unwrapped(engine)
     scale = engine.optimizer.loss_scale if engine.fp16_enabled() else 1.0
@@ -206,10 +208,9 @@ def full_parameters(
     for name, p in module.named_parameters():
         value = None
         if master and p.requires_grad:
-            value = twins[id(p)].detach() if twins else deepspeed.utils.safe_get_full_fp32_param(p)
-        if value is None:
-            with deepspeed.zero.GatheredParameters([p], enabled=hasattr(p, "ds_id")):
-                value = p.detach().to("cpu", copy=True) if is_writer else None
-        if value is not None and is_writer:
-            value = value.to("cpu", torch.float32 if master else value.dtype, copy=True)
-        yield name, value if is_writer else None
+            value = twins[id(p)] if twins else deepspeed.utils.safe_get_full_fp32_param(p)
+        with deepspeed.zero.GatheredParameters([p], enabled=value is None and hasattr(p, "ds_id")):
+            source = (p if value is None else value).detach()
+            dtype = torch.float32 if master else source.dtype
+            copy = source.to("cpu", dtype, copy=True) if is_writer else None
+        yield name, copy

@@ -1,0 +1,220 @@
+"""The jobs as commands: parse, call the pipeline, print one line for an error, return the exit code.
+
+    python jobs/distill.py configs/quickstart.yaml train.max_steps=50
+    python -m ray_kd distill configs/quickstart.yaml train.max_steps=50      # an installed package
+"""
+
+import argparse
+import json
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from ray_kd import config as configuration
+from ray_kd import plugins
+from ray_kd.errors import EXIT_BUG, EXIT_DONE, ConfigError, RayKDError, RetryableError
+
+logger = logging.getLogger("ray_kd")
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with the exit code of a user's mistake."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(ConfigError.exit_code, f"error: {message} (--help lists what is allowed)\n")
+
+
+def main(job: str, argv: Sequence[str] | None = None) -> int:
+    """Run a job by name and return its exit code; never raises."""
+    try:
+        return JOBS[job](sys.argv[1:] if argv is None else list(argv))
+    except RayKDError as error:
+        logger.debug("", exc_info=True)
+        return _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        return _fail("interrupted; the same command goes on", RetryableError.exit_code)
+    except Exception as error:  # the last resort: the traceback goes to the log, the line to the user
+        logger.debug("", exc_info=True)
+        has_log = any(isinstance(handler, logging.FileHandler) for handler in logger.handlers)
+        if not has_log:
+            traceback.print_exc()
+        return _fail(f"a bug, please report it: {_one_line(error)}", EXIT_BUG)
+
+
+def dispatch(argv: Sequence[str] | None = None) -> int:
+    """`python -m ray_kd JOB ...`."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    if not arguments or arguments[0] not in JOBS:
+        is_help = bool(arguments) and arguments[0] in ("-h", "--help")
+        print(f"usage: python -m ray_kd {{{' | '.join(JOBS)}}} ... (each has --help)",
+              file=sys.stdout if is_help else sys.stderr)  # fmt: skip
+        return EXIT_DONE if is_help else ConfigError.exit_code
+    return main(arguments[0], arguments[1:])
+
+
+def distill(argv: list[str]) -> int:
+    """Distil a teacher into a student: one command from records to a model folder. The same command resumes."""
+    config = _config_from(argv, "distill", distill.__doc__)
+    if config is None:
+        return EXIT_DONE
+    _start_logging(config)
+    from ray_kd import pipeline, run_folder, summary
+
+    run_dir = run_folder.run_dir(config)
+    result = pipeline.distill(config)
+    print(summary.describe(result))
+    print(f"student: {run_dir / run_folder.FINAL}   figures: {run_dir / run_folder.SUMMARY}")
+    return EXIT_DONE
+
+
+def prepare_data(argv: list[str]) -> int:
+    """Tokenise and pack the data of a config, as `distill` would; the next run finds it."""
+    config = _config_from(argv, "prepare_data", prepare_data.__doc__)
+    if config is None:
+        return EXIT_DONE
+    _start_logging(config)
+    from ray_kd import cluster, models, pipeline, validate
+    from ray_kd.data.manifest import report
+
+    validate.check_data(config)
+    models.check_model(config.teacher.model, config.teacher.revision, "teacher")
+    with cluster.connected(config):
+        prepared = pipeline.prepare(config)
+    print(report(prepared.manifest))
+    print(f"prepared: {prepared.folder}")
+    return EXIT_DONE
+
+
+def evaluate(argv: list[str]) -> int:
+    """Measure a run's student against its teacher on the held-out rows: KL, perplexity, bits per byte, agreement."""
+    parser = _Parser("evaluate", description=evaluate.__doc__)
+    parser.add_argument("run_dir", help="the run folder")
+    parser.add_argument("--model", help="a model folder to measure instead of the run's final/")
+    parser.add_argument("--max-rows", type=int, help="held-out rows used; 0 uses all (default: the run's eval.max_rows)")
+    parser.add_argument("--samples", type=int, default=0, help="print this many generations of the model")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    options = parser.parse_args(argv)
+    from ray_kd import pipeline, summary
+
+    config = _config_of_run(Path(options.run_dir))
+    metrics = pipeline.evaluate(config, model=options.model, max_rows=options.max_rows)
+    if options.json:
+        print(json.dumps(metrics))
+    else:
+        print(summary.describe_eval({"measured": metrics}))
+    for prompt, text in pipeline.sample(config, model=options.model, count=options.samples):
+        print(f"\n> {prompt}\n{text}")
+    return EXIT_DONE
+
+
+def export(argv: list[str]) -> int:
+    """Write the student of a run's checkpoint as a Hugging Face folder."""
+    parser = _Parser("export", description=export.__doc__)
+    parser.add_argument("run_dir", help="the run folder")
+    parser.add_argument("out_dir", help="the folder to write; must not exist")
+    parser.add_argument("--step", type=int, help="the checkpoint's step (default: the newest verified one)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"),
+                        help="type of the weights (default: the run's student.dtype)")  # fmt: skip
+    options = parser.parse_args(argv)
+    from ray_kd import pipeline
+
+    config = _config_of_run(Path(options.run_dir))
+    step = pipeline.export(config, Path(options.out_dir), step=options.step, dtype=options.dtype)
+    print(f"step {step} of {options.run_dir} -> {options.out_dir}")
+    return EXIT_DONE
+
+
+JOBS: dict[str, Callable[[list[str]], int]] = {
+    "distill": distill,
+    "prepare_data": prepare_data,
+    "evaluate": evaluate,
+    "export": export,
+}
+
+
+def _config_from(argv: list[str], job: str, description: str | None) -> configuration.RunConfig | None:
+    """The config named on the command line; None when it was only to be printed."""
+    parser = _Parser(job, description=description, epilog=_key_help() if {"-h", "--help"} & set(argv) else None,
+                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("config", help="YAML file (configs/ has complete ones)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. train.max_steps=50 student.init.layers=15")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved config and exit")
+    options = parser.parse_args(argv)
+    config = configuration.load(options.config, options.overrides)
+    if options.print_config:
+        print(configuration.to_yaml(config), end="")
+        return None
+    return config
+
+
+def _config_of_run(run_dir: Path) -> configuration.RunConfig:
+    from ray_kd import run_folder
+
+    path = run_dir / run_folder.CONFIG
+    if not path.is_file():
+        raise ConfigError(f"'{run_dir}' is not a run folder: it has no {run_folder.CONFIG}")
+    return configuration.load(path, [f"run.dir={run_dir.absolute()}"])
+
+
+def _key_help() -> str:
+    """Every key with its type, default and sentence, and every kind of plug-in with its options."""
+    lines = ["config keys (YAML, or key=value on the command line):"]
+    lines += [_field_help(key, field) for key, field in configuration.describe()]
+    for key, group in plugins.GROUPS.items():
+        lines.append(f"\nkinds of {key}:")
+        for kind, sentence, fields in plugins.describe_kinds(group):
+            lines.append(f"  {kind}: {sentence}")
+            lines += ["  " + _field_help(field.name, field) for field in fields]
+    return "\n".join(lines)
+
+
+def _field_help(key: str, field: plugins.Field) -> str:
+    default = field.default if field.default not in (None, "MISSING") else "required"
+    default = default.removeprefix("field(default_factory=lambda: ").removeprefix("field(default_factory=")
+    default = default.removesuffix(")") if field.default != default else default
+    default = {"dict": "{}", "list": "[]"}.get(default, default)
+    return f"  {key}: {field.annotation} = {default}\n      {field.sentence}"
+
+
+def _start_logging(config: configuration.RunConfig) -> None:
+    """Messages to the terminal, everything with tracebacks to run.dir/driver.log."""
+    from ray_kd import run_folder
+
+    # Said before transformers or ray are imported, in this process and those it starts.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    folder = run_folder.run_dir(config)
+    run_folder.create(folder)
+    to_terminal = logging.StreamHandler(sys.stdout)
+    to_terminal.setLevel(logging.INFO)
+    to_terminal.setFormatter(_Terse())
+    to_file = logging.FileHandler(folder / run_folder.LOG, encoding="utf-8")
+    to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logger.setLevel(logging.DEBUG)
+    logger.propagate = False
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+    logger.addHandler(to_terminal)
+    logger.addHandler(to_file)
+
+
+class _Terse(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        prefix = "warning: " if record.levelno == logging.WARNING else ""
+        return prefix + record.getMessage()
+
+
+def _fail(message: str, exit_code: int) -> int:
+    line = " ".join(message.split())
+    logger.debug("exit code %d: %s", exit_code, line)
+    print(f"error: {line}", file=sys.stderr)
+    return exit_code
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}"

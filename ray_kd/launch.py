@@ -1,0 +1,107 @@
+"""Run a Ray Train trainer from a driver that stays in charge: progress, signals, and errors with an exit code.
+
+`fit` runs in a thread, since Ray Train's own Ctrl-C handler would abort the workers before they can save. The main
+thread shows progress; the first Ctrl-C or SIGTERM asks the workers to save and leave, the second leaves at once.
+"""
+
+import logging
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from ray_kd.errors import RayKDError, RetryableError
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+logger = logging.getLogger(__name__)
+
+_POLL_S = 0.25
+
+
+def fit(run: Callable[[], Any], *, on_poll: Callable[[], None], request_stop: Callable[[], None]) -> None:
+    """Call run (a trainer's fit) and wait for it. on_poll is called a few times a second.
+
+    request_stop is called at the first signal. Raises the mapped error of a failed run, and RetryableError at the
+    second signal.
+    """
+    outcome: list[BaseException | None] = []
+
+    def target() -> None:
+        try:
+            run()
+            outcome.append(None)
+        except BaseException as error:  # carried to the main thread
+            outcome.append(error)
+
+    thread = threading.Thread(target=target, name="fit", daemon=True)
+    with _first_signal(request_stop):
+        thread.start()
+        while thread.is_alive():
+            thread.join(_POLL_S)
+            on_poll()
+    if outcome[0] is not None:
+        raise _mapped(outcome[0]) from outcome[0]
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Outside of training SIGTERM and Ctrl-C raise RetryableError at once: nothing is lost."""
+
+    def handler(signum: int, _: "FrameType | None") -> None:
+        raise RetryableError(f"stopped by {signal.Signals(signum).name}; the same command goes on")
+
+    with _handlers(handler):
+        yield
+
+
+@contextmanager
+def _first_signal(request_stop: Callable[[], None]) -> Iterator[None]:
+    seen: list[int] = []
+
+    def handler(signum: int, _: "FrameType | None") -> None:
+        seen.append(signum)
+        name = signal.Signals(signum).name
+        if len(seen) > 1:
+            raise RetryableError(f"stopped by a second {name}; the same command goes on from the last checkpoint")
+        logger.info("%s: saving a checkpoint after this step, then leaving (again: leave at once)", name)
+        request_stop()
+
+    with _handlers(handler):
+        yield
+
+
+@contextmanager
+def _handlers(handler: "Callable[[int, FrameType | None], None]") -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {signum: signal.signal(signum, handler) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for signum, previous in before.items():
+            signal.signal(signum, previous)
+
+
+def _mapped(error: BaseException) -> BaseException:
+    """The error with the exit code that fits: what a worker of ours said, lost infrastructure, or a bug."""
+    from ray.exceptions import RayActorError, RayError
+    from ray.train import ControllerError, WorkerGroupError
+
+    causes: list[BaseException] = [error]
+    if isinstance(error, WorkerGroupError):
+        causes = [getattr(cause, "_base_exc", cause) for cause in error.worker_failures.values()]
+    elif isinstance(error, ControllerError):
+        causes = [error.controller_failure]
+    for cause in causes:
+        inner = getattr(cause, "cause", None) or cause  # a RayTaskError carries the exception of the remote side
+        if isinstance(inner, RayKDError):
+            return type(inner)(str(inner))
+    lost = next((c for c in causes if isinstance(c, RayActorError) or type(c).__module__.startswith("ray.train")), None)
+    if lost is not None or isinstance(error, RayError):
+        line = str(lost or error).strip().splitlines()[0]
+        return RetryableError(f"a worker was lost and train.max_failures restarts were used up: {line}")
+    return RuntimeError(f"{type(causes[0]).__name__}: {causes[0]}")

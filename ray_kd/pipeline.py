@@ -1,0 +1,354 @@
+"""The only module that knows all stages: config -> data -> teacher -> trainer -> checkpoint -> export -> eval.
+
+`distill` reads top to bottom. What runs where: preparation as Ray Data tasks, student init as one Ray task on the
+teacher pool, the ordered stream as a Ray Data execution under Ray Train's controller, training in its workers.
+"""
+
+import hashlib
+import json
+import logging
+import math
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ray_kd import checkpoint, cluster, launch, run_folder, schema, summary
+from ray_kd.config import Pool, RunConfig
+from ray_kd.data.order import SlotOrder
+from ray_kd.data.prepared import PreparedData
+from ray_kd.errors import RayKDError, RetryableError
+from ray_kd.locks import driver_lock
+from ray_kd.payloads.topk_logprobs import nbytes_per_token
+from ray_kd.progress import Progress
+from ray_kd.teacher.engine import Request
+from ray_kd.teacher.stage import EngineSpec, TeacherStage
+from ray_kd.trainer.loop import CHECKPOINTS, METRICS, QUARANTINE, STOP_FLAG, TrainSpec, train
+from ray_kd.validate import validate
+
+if TYPE_CHECKING:
+    import ray.data
+
+    from ray_kd.data.manifest import Manifest
+
+logger = logging.getLogger(__name__)
+
+_INFLUENCE_ROWS = 16  # rows on which block influence is measured; the ranking is stable from a few thousand tokens on
+_MAX_BLOCK_NBYTES = 32 * 2**20
+_TASK_RETRIES = 3
+
+
+def distill(config: RunConfig) -> dict[str, Any]:
+    """Run, or resume, a distillation and return its summary. At once for a run that is finished.
+
+    Raises ConfigError, DataError or RetryableError (see errors.py) with one line for the user.
+    """
+    run_dir = run_folder.run_dir(config)
+    run_folder.create(run_dir)
+    run_folder.check_identity(run_dir, config)
+    if (finished := run_folder.finished_summary(run_dir)) is not None:
+        logger.info("run %s is finished already; nothing to do", run_dir)
+        return finished
+    with driver_lock(run_dir), launch.interruptible():
+        vocab_size = validate(config).teacher.vocab_size
+        _sweep(run_dir)
+        with cluster.connected(config):
+            prepared = prepare(config, run_dir / QUARANTINE)
+            run_folder.check_content(run_dir, config, _content(config, prepared.manifest))
+            order = _order(config, prepared.manifest)
+            _warn(config, order)
+            try:
+                student_path = _student(config, run_dir, prepared)
+                _fit(config, run_dir, prepared, order, student_path, vocab_size)
+                _export(config, run_dir, prepared, student_path)
+            except BaseException as error:
+                exit_code = error.exit_code if isinstance(error, RayKDError) else 70
+                _write_summary(run_dir, prepared.manifest, order, exit_code)
+                raise
+        return _write_summary(run_dir, prepared.manifest, order, exit_code=0)
+
+
+def prepare(config: RunConfig, quarantine_path: Path | None = None) -> PreparedData:
+    """The prepared data of a config, made by Ray Data or reused. Ray must be initialised.
+
+    Raises DataError when nothing usable is left or too many records are bad.
+    """
+    from ray_kd.data.prepare import prepare as prepare_data
+
+    folder = config.data.prepared_dir or str(run_folder.run_dir(config).parent / "prepared")
+    return prepare_data(
+        config.data,
+        tokenizer_path=config.teacher.model,
+        revision=config.teacher.revision,
+        seed=config.run.seed,
+        prepared_dir=folder,
+        quarantine_path=quarantine_path,
+    )
+
+
+def _sweep(run_dir: Path) -> None:
+    """Remove what a killed attempt left behind, before anything is read."""
+    for name in checkpoint.sweep(run_dir / CHECKPOINTS):
+        logger.info("removed the partial checkpoint %s", name)
+    # Ray Train would restore its own list of checkpoints; ours are found by their manifests.
+    for leftover in ("checkpoint_manager_snapshot.json", STOP_FLAG):
+        (run_dir / leftover).unlink(missing_ok=True)
+
+
+def _content(config: RunConfig, manifest: "Manifest") -> dict[str, str]:
+    from ray_kd.models import model_identity
+
+    content = {
+        "prepared data": manifest.fingerprint,
+        "teacher weights": model_identity(config.teacher.model, config.teacher.revision),
+    }
+    if config.student.model is not None:
+        content["student weights"] = model_identity(config.student.model, config.student.revision)
+    return content
+
+
+def _order(config: RunConfig, manifest: "Manifest") -> SlotOrder:
+    return SlotOrder(
+        num_rows=manifest.num_rows,
+        global_batch_size=config.train.global_batch_size,
+        epochs=config.train.epochs,
+        max_steps=config.train.max_steps,
+        seed=config.run.seed,
+    )
+
+
+def _warn(config: RunConfig, order: SlotOrder) -> None:
+    """Say what has no effect, and what repeated epochs cost."""
+    train_options = config.train
+    for key in ("warmup_steps", "checkpoint_every"):
+        value = getattr(train_options, key)
+        if value > order.num_steps:
+            logger.warning("train.%s=%d has no effect: the run has %d steps", key, value, order.num_steps)
+    passes = order.num_planned_rows / order.num_rows
+    if passes > 1:
+        logger.warning("the teacher computes every row again in each epoch: %.1f passes over the data", passes)
+    if train_options.num_workers == 1 and train_options.zero_stage > 0:
+        logger.info("train.zero_stage=%d on one worker: stage 0 is cheaper there", train_options.zero_stage)
+
+
+def _student(config: RunConfig, run_dir: Path, prepared: PreparedData) -> str:
+    """The student's folder: the configured model, or one made of the teacher's layers, made once and kept."""
+    if config.student.model is not None:
+        return config.student.model
+    import ray
+
+    from ray_kd.models import model_identity
+
+    init = config.student.init
+    assert init is not None  # validate: exactly one of model and init
+    pool, teacher = config.teacher.pool, config.teacher
+    key = {
+        "teacher": model_identity(teacher.model, teacher.revision),
+        "layers": init.layers,
+        # An explicit list does not depend on the data.
+        "measured": None if isinstance(init.layers, list) else [init.select, prepared.manifest.fingerprint],
+    }
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    folder = run_dir.parent / "student_init" / digest
+    if not (folder / "config.json").exists():
+        start = time.perf_counter()
+        make = ray.remote(_make_student).options(
+            num_cpus=pool.num_cpus, num_gpus=pool.num_gpus, label_selector=pool.label_selector or None
+        )
+        threads = cluster.physical_cores()  # nothing else runs yet
+        layers = ray.get(make.remote(teacher.model, teacher.revision, init.layers, str(prepared.folder), str(folder),
+                                     threads, pool.num_gpus > 0))  # fmt: skip
+        logger.info("student: the teacher's layers %s (%.1f s)", layers, time.perf_counter() - start)
+    return str(folder)
+
+
+def _make_student(
+    teacher: str, revision: str | None, layers: int | list[int], prepared_dir: str, out_dir: str, threads: int,
+    on_gpu: bool,
+) -> list[int]:  # fmt: skip
+    import torch
+
+    from ray_kd import models
+
+    torch.set_num_threads(threads)
+    if isinstance(layers, int):
+        prepared = PreparedData(prepared_dir)
+        columns = schema.to_numpy(prepared.read_rows(np.arange(min(_INFLUENCE_ROWS, prepared.num_rows))))
+        model = models.load_causal_lm(teacher, revision, device="cuda" if on_gpu else "cpu")
+        scores = models.block_influence(model, columns[schema.INPUT_IDS], columns[schema.POSITION_IDS])
+        del model
+        layers = models.choose_layers(scores, layers)
+    models.init_from_layers(teacher, layers, out_dir, revision=revision)
+    return layers
+
+
+@dataclass(frozen=True)
+class _StreamSpec:
+    """What Ray Train's controller needs to build the stream at each start of the worker group."""
+
+    run_dir: str
+    prepared_dir: str
+    order: SlotOrder
+    block_rows: int
+    engine: EngineSpec
+    request: Request
+    pool: Pool
+
+
+def _stream(spec: _StreamSpec) -> "ray.data.Dataset":
+    """The rest of the run as one ordered dataset: from the slot after the newest verified checkpoint to the last."""
+    import ray.data
+
+    from ray_kd.data.stream import ordered_rows
+
+    run_dir = Path(spec.run_dir)
+    newest = checkpoint.newest_verified(run_dir / CHECKPOINTS)
+    start_slot = int(checkpoint.read_state(newest)["next_slot"]) if newest else 0
+    with (run_dir / run_folder.ATTEMPTS).open("a") as attempts:
+        attempts.write(json.dumps({"start_slot": start_slot, "time": time.time()}) + "\n")
+
+    # The controller has a DataContext of its own: what the driver set does not reach it.
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = True
+    context.execution_options.label_selector = spec.pool.label_selector or None
+    rows = ordered_rows(spec.order, spec.prepared_dir, start_slot=start_slot, block_rows=spec.block_rows)
+    return rows.map_batches(
+        TeacherStage,
+        fn_constructor_args=(spec.engine, spec.request, str(run_dir / run_folder.TEACHER_JOURNAL)),
+        batch_size=spec.block_rows,
+        batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(min_size=spec.pool.min_actors, max_size=spec.pool.max_actors),
+        num_cpus=spec.pool.num_cpus,
+        num_gpus=spec.pool.num_gpus,
+        max_restarts=_TASK_RETRIES,
+        max_task_retries=_TASK_RETRIES,
+    )
+
+
+def _fit(
+    config: RunConfig, run_dir: Path, prepared: PreparedData, order: SlotOrder, student_path: str, vocab_size: int
+) -> None:
+    """Train to the last step. Raises RetryableError when the run was stopped before it."""
+    if _trained_steps(run_dir) == order.num_steps:
+        return
+    import ray.data
+    import ray.train
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    options, pool = config.train, config.teacher.pool
+    threads = cluster.Threads.of(config)
+    payload = prepared.manifest.max_targets_per_row * nbytes_per_token(config.teacher.top_k, vocab_size)
+    row_nbytes = int(12 * config.data.sequence_length + payload + 128)
+    block_rows = _block_rows(options.global_batch_size // options.num_workers, options.micro_batch_size, row_nbytes)
+    stream = _StreamSpec(
+        run_dir=str(run_dir),
+        prepared_dir=str(prepared.folder),
+        order=order,
+        block_rows=block_rows,
+        engine=_engine_spec(config, threads.teacher),
+        request=Request(top_k=config.teacher.top_k, temperature=config.loss.temperature),
+        pool=pool,
+    )
+    spec = TrainSpec(
+        run_dir=str(run_dir),
+        student_path=student_path,
+        student=config.student,
+        train=options,
+        loss_options=_loss_options(config),
+        seed=config.run.seed,
+        top_k=config.teacher.top_k,
+        block_rows=block_rows,
+        threads=threads.worker,
+        num_rows=order.num_rows,
+        num_steps=order.num_steps,
+        num_planned_rows=order.num_planned_rows,
+        make_evaluate=None,
+    )
+    # The least that keeps every process busy; below it the stream could starve.
+    run_ahead_rows = max(config.teacher.run_ahead_rows, block_rows * 4 * (options.num_workers + pool.max_actors))
+    trainer = TorchTrainer(
+        partial(train, spec),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=options.num_workers,
+            use_gpu=options.gpus_per_worker > 0,
+            resources_per_worker={"CPU": options.cpus_per_worker}
+            | ({"GPU": options.gpus_per_worker} if options.gpus_per_worker > 0 else {}),
+            label_selector=options.label_selector or None,
+        ),
+        torch_config=TorchConfig(timeout_s=math.ceil(options.timeout_s)),
+        # The run folder is Train's experiment directory: its name is the run's in the dashboard, and a checkpoint
+        # that was written into it is reported without a copy.
+        run_config=ray.train.RunConfig(
+            name=run_dir.name,
+            storage_path=str(run_dir.parent),
+            failure_config=ray.train.FailureConfig(max_failures=options.max_failures),
+        ),
+        datasets={"train": partial(_stream, stream)},
+        dataset_config=ray.train.DataConfig(
+            execution_options=ray.data.ExecutionOptions(
+                preserve_order=True,
+                label_selector=pool.label_selector or None,
+                resource_limits=ray.data.ExecutionResources.for_limits(object_store_memory=run_ahead_rows * row_nbytes),
+            ),
+            enable_shard_locality=False,  # ignored with preserve_order
+        ),
+    )
+    progress = Progress(run_dir / METRICS, order.num_steps)
+    try:
+        launch.fit(trainer.fit, on_poll=progress.update, request_stop=(run_dir / STOP_FLAG).touch)
+    finally:
+        progress.close()
+    if (steps := _trained_steps(run_dir)) < order.num_steps:
+        raise RetryableError(f"stopped after step {steps} of {order.num_steps}; the same command goes on from there")
+
+
+def _engine_spec(config: RunConfig, threads: int) -> EngineSpec:
+    teacher = config.teacher
+    return EngineSpec(
+        engine=teacher.engine,
+        model=teacher.model,
+        revision=teacher.revision,
+        dtype=teacher.dtype,
+        batch_size=teacher.batch_size,
+        num_gpus=teacher.pool.num_gpus,
+        threads=threads,
+    )
+
+
+def _loss_options(config: RunConfig) -> dict[str, Any]:
+    loss = config.loss
+    return {
+        "divergence": loss.divergence,
+        "tail": loss.tail,
+        "temperature": loss.temperature,
+        "kd_weight": loss.kd_weight,
+        "ce_weight": loss.ce_weight,
+        "chunk_size": loss.chunk_size,
+    }
+
+
+def _block_rows(rows_per_rank: int, micro_batch_size: int, row_nbytes: int) -> int:
+    """Rows in a block of the stream: the largest multiple of the micro-batch that divides a rank's share of the
+    global batch and fits in memory. Large, since the executor's cost is per block; a divisor, so that the equal
+    split between workers falls on batch edges."""
+    fitting = [
+        rows
+        for rows in range(micro_batch_size, rows_per_rank + 1, micro_batch_size)
+        if rows_per_rank % rows == 0 and rows * row_nbytes <= _MAX_BLOCK_NBYTES
+    ]
+    return max(fitting, default=micro_batch_size)
+
+
+def _trained_steps(run_dir: Path) -> int:
+    folder = checkpoint.newest_verified(run_dir / CHECKPOINTS)
+    return int(checkpoint.read_state(folder)["step"]) if folder else 0
+
+
+def _write_summary(run_dir: Path, manifest: "Manifest", order: SlotOrder, exit_code: int) -> dict[str, Any]:
+    document = summary.build(run_dir, manifest, order, exit_code)
+    run_folder.write_json(run_dir / run_folder.SUMMARY, document)
+    return document

@@ -1,0 +1,76 @@
+"""The progress line: follows metrics.jsonl as it grows, so it needs no channel to the workers.
+
+On a terminal one line is rewritten in place; in a log a line is written now and then.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+_LOG_EVERY_S = 30.0
+
+
+class Progress:
+    """Prints how far the run is. Call `update` as often as you like; `close` ends the line."""
+
+    def __init__(self, metrics_path: Path, num_steps: int, stream: TextIO | None = None) -> None:
+        self._path = metrics_path
+        self._num_steps = num_steps
+        self._stream = stream or sys.stdout
+        self._is_terminal = self._stream.isatty()
+        # What is there already is an earlier attempt's.
+        self._offset = metrics_path.stat().st_size if metrics_path.exists() else 0
+        self._first: tuple[int, float] | None = None
+        self._newest: dict[str, Any] = {}
+        self._shown: tuple[int, float] = (0, 0.0)
+        self._kl: float | None = None
+
+    def update(self, is_last: bool = False) -> None:
+        """Read the new lines of the metrics and show the newest, when it is time to."""
+        now = time.monotonic()
+        for line in self._new_lines():
+            self._newest = line
+            self._first = self._first or (line["step"], now)
+            self._kl = line.get("eval/kl", line.get("eval/topk_bucket_kl", self._kl))
+        step, shown_at = self._shown
+        is_due = self._is_terminal or is_last or now - shown_at > _LOG_EVERY_S
+        if self._newest and self._newest["step"] != step and is_due:
+            text = self._text(now)
+            self._stream.write(f"\r\x1b[2K{text}" if self._is_terminal else text + "\n")
+            self._stream.flush()
+            self._shown = (self._newest["step"], now)
+
+    def close(self) -> None:
+        """Show the last line and leave the cursor below it."""
+        self.update(is_last=True)
+        if self._is_terminal and self._newest:
+            self._stream.write("\n")
+
+    def _new_lines(self) -> Iterator[dict[str, Any]]:
+        if not self._path.exists():
+            return
+        with self._path.open("rb") as file:
+            if file.seek(0, 2) < self._offset:  # a resumed worker cut the file
+                self._offset = 0
+            file.seek(self._offset)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return
+                self._offset += len(line)
+                yield json.loads(line)
+
+    def _text(self, now: float) -> str:
+        step = self._newest["step"]
+        parts = [f"step {step}/{self._num_steps}", f"loss {self._newest['train/loss']:.3f}"]
+        if self._kl is not None:
+            parts.append(f"held-out KL {self._kl:.3f}")
+        parts.append(f"{self._newest['train/tokens_per_second']:,.0f} tokens/s")
+        parts.append(f"teacher wait {self._newest['train/data_wait_s']:.2f} s")
+        first_step, first_at = self._first or (step, now)
+        if step > first_step:
+            seconds = (now - first_at) / (step - first_step) * (self._num_steps - step)
+            parts.append(f"ETA {int(seconds // 60)}:{int(seconds % 60):02d}")
+        return "  ".join(parts)

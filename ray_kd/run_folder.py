@@ -1,0 +1,131 @@
+"""The run folder: where a run writes, what identifies it, and when it is finished.
+
+config.yaml      the resolved config, secrets masked
+run.json         the identity: what must not change between attempts
+attempts.jsonl   one line per start of the worker group (start slot)
+teacher/         journal of the teacher actors, one file each
+metrics.jsonl, quarantine.jsonl, eval_before.json, checkpoints/, final/, summary.json, driver.log
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ray_kd import config as configuration
+from ray_kd.config import RunConfig
+from ray_kd.errors import ConfigError
+
+CONFIG = "config.yaml"
+IDENTITY = "run.json"
+ATTEMPTS = "attempts.jsonl"
+TEACHER_JOURNAL = "teacher"
+SUMMARY = "summary.json"
+FINAL = "final"
+LOG = "driver.log"
+
+_IDENTITY_KEYS = (
+    "run.seed",
+    "data.source", "data.format", "data.eval_source", "data.eval_fraction", "data.sequence_length",
+    "teacher.model", "teacher.revision", "teacher.engine", "teacher.top_k", "teacher.dtype",
+    "student.model", "student.revision", "student.init", "student.dtype",
+    "loss.divergence", "loss.tail", "loss.temperature", "loss.kd_weight", "loss.ce_weight",
+    "train.global_batch_size", "train.epochs", "train.max_steps", "train.learning_rate", "train.schedule",
+    "train.warmup_steps", "train.weight_decay", "train.max_grad_norm",
+)  # fmt: skip
+"""Data, models, loss, seed, batch and schedule. Workers, ZeRO stage, pools and the *_every keys are free to change."""
+
+_CONTENT_KEYS = {"data.source", "data.eval_source", "teacher.model", "student.model"}
+"""Paths may move; what they hold is compared by its fingerprint (`check_content`)."""
+
+
+def run_dir(config: RunConfig) -> Path:
+    """The run folder as an absolute path. Raises ConfigError for a URI of a store that is not a shared folder."""
+    given = config.run.dir
+    if given.startswith("file://"):
+        given = given.removeprefix("file://")
+    if "://" in given:
+        raise ConfigError(
+            f"run.dir '{given}' is a URI: allowed are a path (on storage that all nodes share) or file://, for now"
+        )
+    return Path(given).expanduser().absolute()
+
+
+def create(folder: Path) -> None:
+    """Make the folder and prove it can be written. Raises ConfigError when it cannot."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe-{os.getpid()}"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(f"run.dir '{folder}' cannot be written: {error.strerror or error}") from error
+
+
+def identity(config: RunConfig) -> dict[str, Any]:
+    """Dotted key -> value of the settings that make a run this run."""
+    plain = configuration.to_dict(config)
+    values: dict[str, Any] = {}
+    for key in _IDENTITY_KEYS:
+        section, name = key.split(".")
+        values[key] = plain[section][name]
+    return values
+
+
+def check_identity(folder: Path, config: RunConfig) -> None:
+    """Raise ConfigError naming the settings in which the run in this folder differs from the config."""
+    known = _read(folder / IDENTITY)
+    if known is None:
+        return
+    wanted = identity(config)
+    for key, value in wanted.items():
+        seen = known["settings"].get(key)
+        if key not in _CONTENT_KEYS and seen != value:
+            raise ConfigError(
+                f"run.dir '{folder}' holds another run: its {key} is {_short(seen)}, now {_short(value)}; "
+                "use the same value or another run.dir"
+            )
+
+
+def check_content(folder: Path, config: RunConfig, content: Mapping[str, str]) -> None:
+    """Compare fingerprints of data and models with the run's; on a first start write them and the config.
+
+    content: what ("prepared data", "teacher weights", ...) -> fingerprint. Raises ConfigError naming what differs.
+    """
+    known = _read(folder / IDENTITY)
+    if known is not None:
+        for name, fingerprint in content.items():
+            if known["content"].get(name) != fingerprint:
+                raise ConfigError(
+                    f"run.dir '{folder}' holds another run: the {name} changed (fingerprint "
+                    f"{_short(known['content'].get(name))}, now {_short(fingerprint)}); use another run.dir"
+                )
+    else:
+        write_json(folder / IDENTITY, {"settings": identity(config), "content": dict(content)})
+    temporary = folder / f".{CONFIG}.tmp"
+    temporary.write_text(configuration.to_yaml(config), encoding="utf-8")
+    temporary.replace(folder / CONFIG)
+
+
+def finished_summary(folder: Path) -> dict[str, Any] | None:
+    """The summary of a run that is done, or None."""
+    summary = _read(folder / SUMMARY)
+    is_done = summary is not None and summary["exit_code"] == 0 and (folder / FINAL / "config.json").exists()
+    return summary if is_done else None
+
+
+def write_json(path: Path, document: Mapping[str, Any]) -> None:
+    """Write whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."

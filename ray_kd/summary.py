@@ -1,0 +1,99 @@
+"""summary.json: what the run did, over all its attempts, written on success and on failure."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ray_kd import checkpoint, run_folder
+from ray_kd.data.manifest import Manifest
+from ray_kd.data.order import SlotOrder
+from ray_kd.metrics import read_metrics
+from ray_kd.teacher.journal import count_rows
+from ray_kd.trainer.ledger import Totals
+from ray_kd.trainer.loop import CHECKPOINTS, EVAL_BEFORE, METRICS
+
+
+def build(run_dir: Path, manifest: Manifest, order: SlotOrder, exit_code: int) -> dict[str, Any]:
+    """The summary of the surviving history: the newest verified checkpoint and what led to it.
+
+    Rows are counted from what went through the optimiser (trainer/ledger.py), not from the slots planned; teacher
+    rows from the actors' journal, over all restarts. Every figure is a number; `eval` is null without eval data.
+    """
+    folder = checkpoint.newest_verified(run_dir / CHECKPOINTS, full=False)
+    state = checkpoint.read_state(folder)["state"]["ledger"] if folder else None
+    totals = Totals(**state["totals"]) if state else Totals()
+    rows_consumed = int(state["rows_consumed"]) if state else 0
+    computed, repeated = count_rows(run_dir / run_folder.TEACHER_JOURNAL)
+    attempts = run_dir / run_folder.ATTEMPTS
+    starts = len(attempts.read_text().splitlines()) if attempts.exists() else 0
+    return {
+        "rows_prepared": manifest.num_rows,
+        "rows_planned": order.num_planned_rows,
+        "rows_consumed": rows_consumed,
+        "rows_missing": order.num_planned_rows - rows_consumed - totals.rows_refused,
+        "rows_duplicated": totals.rows_duplicated,
+        "rows_quarantined": totals.rows_refused,
+        "records_quarantined": manifest.quarantined,
+        "teacher_rows_computed": computed,
+        "teacher_rows_repeated": repeated,
+        "teacher_rows_from_cache": 0,
+        "steps": totals.steps,
+        "steps_skipped": totals.steps_skipped,
+        "epochs": rows_consumed / manifest.num_rows,
+        "tokens": totals.tokens,
+        "target_tokens": totals.target_tokens,
+        "bytes_per_target_token": totals.payload_nbytes / max(1, totals.target_tokens),
+        "wall_s": totals.wall_s,
+        "tokens_per_second": totals.tokens / totals.step_s if totals.step_s > 0 else 0.0,
+        "teacher_wait_fraction": totals.wait_s / totals.timed_step_s if totals.timed_step_s > 0 else 0.0,
+        "restarts": max(0, starts - 1),
+        "exit_code": exit_code,
+        "eval": _eval(run_dir, totals.steps),
+    }
+
+
+def describe(summary: dict[str, Any]) -> str:
+    """What the run achieved, in a few lines for a person."""
+    lines = [
+        f"{summary['steps']} steps, {summary['tokens']:,} tokens at {summary['tokens_per_second']:,.0f} tokens/s, "
+        f"teacher wait {summary['teacher_wait_fraction']:.1%}, {summary['restarts']} restarts",
+        f"rows: {summary['rows_consumed']:,} trained of {summary['rows_planned']:,} planned, "
+        f"{summary['rows_missing']} missing, {summary['rows_duplicated']} duplicated, "
+        f"{summary['rows_quarantined']} quarantined",
+    ]
+    if summary["eval"]:
+        lines.append(describe_eval(summary["eval"]["before"], summary["eval"]["after"]))
+    return "\n".join(lines)
+
+
+_LABELS = {
+    "kl": "KL(teacher || student), nats a token",
+    "topk_bucket_kl": "top-k + bucket KL, nats a token",
+    "perplexity": "perplexity",
+    "bits_per_byte": "bits per byte",
+    "top1_agreement": "top-1 agreement with the teacher",
+}
+
+
+def describe_eval(before: dict[str, Any], after: dict[str, Any] | None) -> str:
+    """A small table of the held-out metrics."""
+    rows = [f"{'held-out':<38}{'before':>12}" + (f"{'after':>12}" if after else "")]
+    for name, label in _LABELS.items():
+        if before.get(name) is not None:
+            row = f"{label:<38}{before[name]:>12,.3f}"
+            if after and after.get(name) is not None:
+                row += f"{after[name]:>12,.3f}"
+            rows.append(row)
+    return "\n".join(rows)
+
+
+def _eval(run_dir: Path, last_step: int) -> dict[str, Any] | None:
+    path = run_dir / EVAL_BEFORE
+    if not path.exists():
+        return None
+    after = None
+    for line in read_metrics(run_dir / METRICS):
+        if line["step"] <= last_step:
+            found = {key.removeprefix("eval/"): v for key, v in line.items() if key.startswith("eval/")}
+            after = found or after
+    return {"before": json.loads(path.read_text()), "after": after}

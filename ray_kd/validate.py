@@ -1,0 +1,164 @@
+"""Everything that can be refused before a process is started or a GPU is asked for.
+
+Raises ConfigError (exit code 64) with one line: the key, the value seen, the values allowed.
+"""
+
+import logging
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ray_kd import cluster, plugins
+from ray_kd.config import RunConfig
+from ray_kd.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+logger = logging.getLogger(__name__)
+
+_CHOICES = {
+    "teacher.cache.mode": ("disabled",),
+    "student.dtype": ("float32", "bfloat16", "float16"),
+    "student.liger": ("auto", "never"),
+    "teacher.dtype": ("auto", "float32", "bfloat16", "float16"),
+    "train.schedule": ("cosine", "linear", "constant"),
+    "train.zero_stage": (0, 1, 2, 3),
+}
+_AT_LEAST = {
+    "data.sequence_length": 2, "teacher.top_k": 1, "teacher.batch_size": 1, "teacher.run_ahead_rows": 1,
+    "teacher.threads": 1, "teacher.pool.min_actors": 1, "teacher.pool.max_actors": 1, "teacher.pool.num_gpus": 0,
+    "loss.chunk_size": 1, "train.num_workers": 1, "train.gpus_per_worker": 0, "train.micro_batch_size": 1,
+    "train.global_batch_size": 1, "train.epochs": 1, "train.max_steps": 1, "train.warmup_steps": 0,
+    "train.weight_decay": 0, "train.max_grad_norm": 0, "train.checkpoint_every": 0, "train.keep_checkpoints": 1,
+    "train.eval_every": 0, "train.log_every": 1, "train.max_failures": 0, "train.threads_per_worker": 1,
+    "eval.max_rows": 0, "eval.batch_size": 1, "cluster.wait_s": 0, "run.seed": 0,
+}  # fmt: skip
+_POSITIVE = (
+    "teacher.pool.num_cpus", "train.cpus_per_worker", "train.learning_rate", "train.timeout_s", "loss.temperature",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Models:
+    """What validation learned about the two models."""
+
+    teacher: "PreTrainedConfig"
+    student: "PreTrainedConfig | None"  # None when the student is made from the teacher
+
+
+def validate(config: RunConfig) -> Models:
+    """Check the whole config: values, plug-ins, combinations, GPUs, models and vocabularies, in order of cost."""
+    check_data(config)
+    _check_values(config)
+    _check_combinations(config)
+    cluster.check_local_gpus(config)
+    return _check_models(config)
+
+
+def check_data(config: RunConfig) -> None:
+    """The data section alone: what `prepare_data` needs. Building the sources checks that their paths exist."""
+    for key, value in (("data.source", config.data.source), ("data.eval_source", config.data.eval_source)):
+        if value is not None:
+            module, options = plugins.options("data.sources", value, key)
+            module.Source(options)
+    module, options = plugins.options("data.formats", config.data.format, "data.format")
+    module.Format(options)
+    _require(0 <= config.data.eval_fraction < 1, "data.eval_fraction", config.data.eval_fraction, "0 up to below 1")
+    _require(0 <= config.data.max_bad_fraction <= 1, "data.max_bad_fraction", config.data.max_bad_fraction, "0 to 1")
+    if config.data.eval_source is not None and config.data.eval_fraction > 0:
+        raise ConfigError("data.eval_source and data.eval_fraction are both set: allowed is at most one")
+
+
+def _check_values(config: RunConfig) -> None:
+    for key, allowed in _CHOICES.items():
+        value = _value(config, key)
+        hint = " (quote it: YAML reads off as false)" if value is False or value == "False" else ""
+        _require(value in allowed, key, value, " | ".join(map(str, allowed)) + hint)
+    for key, least in _AT_LEAST.items():
+        value = _value(config, key)
+        _require(value is None or (math.isfinite(value) and value >= least), key, value, f"{least} or more")
+    for key in _POSITIVE:
+        value = _value(config, key)
+        _require(math.isfinite(value) and value > 0, key, value, "a positive number")
+
+
+def _check_combinations(config: RunConfig) -> None:
+    train, pool = config.train, config.teacher.pool
+    _require(pool.max_actors >= pool.min_actors, "teacher.pool.max_actors", pool.max_actors,
+             f"teacher.pool.min_actors={pool.min_actors} or more")  # fmt: skip
+    unit = train.num_workers * train.micro_batch_size
+    _require(train.global_batch_size % unit == 0, "train.global_batch_size", train.global_batch_size,
+             f"a multiple of num_workers x micro_batch_size = {unit}")  # fmt: skip
+    if (config.student.model is None) == (config.student.init is None):
+        seen = "neither" if config.student.model is None else "both"
+        raise ConfigError(f"student: {seen} of model and init is set: allowed is exactly one (the other null)")
+    if config.student.dtype == "float16" and train.gpus_per_worker == 0:
+        logger.warning("student.dtype=float16 on CPU is slow and exists for tests; float32 or bfloat16 is better")
+
+    from ray_kd.losses.objective import make_objective
+
+    loss = config.loss
+    make_objective(loss.divergence, loss.tail, loss.temperature, loss.kd_weight, loss.ce_weight)
+    if loss.kd_weight == 0 and loss.ce_weight == 0:
+        raise ConfigError("loss.kd_weight and loss.ce_weight are both 0: nothing would be trained")
+
+
+def _check_models(config: RunConfig) -> Models:
+    from ray_kd import models
+
+    teacher_key = config.teacher
+    engine, _ = plugins.options("teacher.engines", teacher_key.engine, "teacher.engine")
+    if "topk_logprobs" not in engine.Engine.provides:
+        raise ConfigError(f"teacher.engine '{plugins.kind_of(teacher_key.engine)}' does not provide topk_logprobs")
+    teacher = models.check_model(teacher_key.model, teacher_key.revision, "teacher")
+    student = None
+    if config.student.model is not None:
+        student = models.check_model(config.student.model, config.student.revision, "student")
+        for warning in models.compare_vocabularies(
+            models.load_tokenizer(teacher_key.model, teacher_key.revision),
+            models.load_tokenizer(config.student.model, config.student.revision),
+            teacher.vocab_size,
+            student.vocab_size,
+        ):
+            logger.warning("%s", warning)
+        if models.model_identity(teacher_key.model, teacher_key.revision) == models.model_identity(
+            config.student.model, config.student.revision
+        ):
+            logger.warning("teacher and student are the same model: the distillation loss starts at 0")
+    elif config.student.init is not None:
+        _check_init(config.student.init.layers, config.student.init.select, teacher.num_hidden_layers)
+    _require(teacher_key.top_k <= teacher.vocab_size, "teacher.top_k", teacher_key.top_k,
+             f"at most the teacher's vocabulary of {teacher.vocab_size}")  # fmt: skip
+    _check_length(config.data.sequence_length, teacher=teacher, student=student)
+    return Models(teacher, student)
+
+
+def _check_init(layers: Any, select: str, total: int) -> None:
+    from ray_kd.models import check_layers
+
+    if isinstance(layers, list):
+        check_layers(layers, total)
+        return
+    is_count = isinstance(layers, int) and not isinstance(layers, bool) and 1 <= layers <= total
+    _require(is_count, "student.init.layers", layers, f"1 to {total}, or a list of layer indices")
+    _require(select == "block_influence", "student.init.select", select, "block_influence")
+
+
+def _check_length(sequence_length: int, **model_configs: "PreTrainedConfig | None") -> None:
+    for name, model_config in model_configs.items():
+        longest = getattr(model_config, "max_position_embeddings", None)
+        if longest is not None and sequence_length > longest:
+            logger.warning("data.sequence_length=%d is more than the %s's %d positions", sequence_length, name, longest)
+
+
+def _value(config: RunConfig, key: str) -> Any:
+    value: Any = config
+    for name in key.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def _require(is_right: bool, key: str, value: Any, allowed: str) -> None:
+    if not is_right:
+        raise ConfigError(f"{key} is {value!r}: allowed is {allowed}")

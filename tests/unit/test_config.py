@@ -1,0 +1,139 @@
+"""The config: typed, closed, and helpful about what is wrong."""
+
+from pathlib import Path
+
+import pytest
+
+from ray_kd import config, plugins
+from ray_kd.errors import ConfigError
+
+RECIPES = sorted(Path("configs").rglob("*.yaml"))
+MINIMAL = """
+run: {dir: runs/x}
+data: {source: {kind: jsonl, paths: [train.jsonl]}}
+teacher: {model: teacher}
+student: {init: {layers: 2}}
+"""
+
+
+@pytest.fixture
+def minimal(tmp_path):
+    path = tmp_path / "minimal.yaml"
+    path.write_text(MINIMAL)
+    return path
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=str)
+def test_every_recipe_loads(path):
+    assert config.load(path).run.dir
+
+
+def test_overrides_win_over_yaml_and_keep_their_types(minimal):
+    loaded = config.load(minimal, ["train.max_steps=50", "loss.divergence.kind=jsd", "loss.divergence.beta=0.3"])
+    assert loaded.train.max_steps == 50
+    assert loaded.loss.divergence == {"kind": "jsd", "beta": 0.3}
+    assert config.load(minimal, ["student.init.layers=[0,1]"]).student.init.layers == [0, 1]
+    assert config.load(minimal, ["student.init=null", "student.model=m"]).student.init is None
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.max_step=4", "unknown key 'train.max_step'.*did you mean 'train.max_steps'"),
+        ("trian.epochs=1", "unknown key 'trian'.*did you mean 'train'"),
+        ("student.init.layer=3", "unknown key 'student.init.layer'.*'student.init.layers'"),
+        ("train.max_steps=abc", "train.max_steps.*'abc'.*Integer"),
+        ("train=3", "Train"),
+        ("train.max_steps", "not key=value"),
+        ("a=[", "cannot be read"),
+    ],
+)
+def test_a_wrong_override_is_one_line(minimal, override, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        config.load(minimal, [override])
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_keys_and_files_are_named(tmp_path, minimal):
+    with pytest.raises(ConfigError, match=r"run\.dir is missing"):
+        config.load(None)
+    with pytest.raises(ConfigError, match="does not exist"):
+        config.load(tmp_path / "none.yaml")
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("a: [")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        config.load(broken)
+
+
+def test_the_stable_core_keeps_its_defaults(minimal):
+    """DESIGN.md's block of keys is a contract: other tools bind to these names and values."""
+    loaded = config.to_dict(config.load(minimal))
+    assert loaded["data"]["sequence_length"] == 512
+    assert loaded["teacher"] | {"model": None} == loaded["teacher"] | {
+        "model": None,
+        "engine": {"kind": "hf"},
+        "top_k": 64,
+        "batch_size": 4,
+        "dtype": "auto",
+        "pool": {"min_actors": 1, "max_actors": 1, "num_cpus": 0.5, "num_gpus": 0, "label_selector": {}},
+        "cache": {"mode": "disabled", "path": None},
+    }
+    assert loaded["loss"]["divergence"] == {"kind": "forward_kl"}
+    train = {
+        "num_workers": 1, "cpus_per_worker": 0.5, "gpus_per_worker": 0, "zero_stage": 2, "micro_batch_size": 1,
+        "global_batch_size": 8, "epochs": 1, "max_steps": None, "learning_rate": 2.0e-4, "schedule": "cosine",
+        "warmup_steps": 10, "weight_decay": 0.0, "max_grad_norm": 1.0, "checkpoint_every": 100, "eval_every": 100,
+        "log_every": 1, "max_failures": 3,
+    }  # fmt: skip
+    assert train.items() <= loaded["train"].items()
+    assert {"address": None, "dashboard": None}.items() <= loaded["cluster"].items()
+
+
+def test_every_key_has_a_sentence():
+    fields = dict(config.describe())
+    assert len(fields) > 60
+    assert [key for key, field in fields.items() if not field.sentence] == []
+
+
+def test_secrets_are_masked(minimal):
+    loaded = config.load(minimal)
+    loaded.data.source = {"kind": "jsonl", "paths": ["a"], "api_key": "s3cret"}
+    assert "s3cret" not in config.to_yaml(loaded)
+
+
+@pytest.mark.parametrize("group", plugins.GROUPS.values())
+def test_plug_ins_are_described_without_importing_them(group):
+    described = list(plugins.describe_kinds(group))
+    assert [kind for kind, _, _ in described] == plugins.available(group)
+    for kind, sentence, fields in described:
+        assert sentence, f"{group}/{kind}.py has no docstring"
+        assert all(field.sentence for field in fields), f"{group}/{kind}.py: a Config field has no sentence"
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("jsonll", "unknown kind 'jsonll'; did you mean 'jsonl'"),
+        ({"kind": "jsonl", "path": "a"}, "unknown option 'path'.*did you mean 'paths'"),
+        ({"kind": "jsonl"}, "data.source.paths is missing"),
+        ({"paths": ["a"]}, "data.source.kind is missing"),
+        ({"kind": "jsonl", "paths": 3}, "data.source.paths"),
+        ("no_such_package.module", "cannot be imported"),
+    ],
+)
+def test_a_wrong_plug_in_is_one_line(value, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        plugins.options("data.sources", value, "data.source")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_third_party_file_is_a_kind(tmp_path, monkeypatch):
+    (tmp_path / "my_source.py").write_text(
+        "from dataclasses import dataclass\n@dataclass\nclass Config:\n    x: int = 1\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "my_pkg").mkdir()
+    (tmp_path / "my_pkg" / "__init__.py").write_text("")
+    (tmp_path / "my_source.py").rename(tmp_path / "my_pkg" / "my_source.py")
+    _, options = plugins.options("data.sources", {"kind": "my_pkg.my_source", "x": 3}, "data.source")
+    assert options.x == 3
