@@ -18,6 +18,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from ray_kd.trainer import zero
+
 ROOT = Path(__file__).parents[2]
 STAGES = (0, 1, 2, 3)
 WORLDS = (1, 2)
@@ -121,23 +123,29 @@ def assert_bitwise(one: tuple[Any, Path], other: tuple[Any, Path]) -> None:
         assert [name for name in a if not torch.equal(a[name], b[name])] == []
 
 
-def assert_close(one: tuple[Any, Path], other: tuple[Any, Path], loss: float, norm: float, weight: float) -> None:
-    """loss and norm: relative; weight: absolute."""
+def assert_close(
+    one: tuple[Any, Path], other: tuple[Any, Path], loss: float, norm: float, weight: float | None
+) -> None:
+    """loss and norm (of the gradient, of the first moment): relative; weight: absolute, None to leave weights out."""
     for a, b in zip(one[0]["steps"], other[0]["steps"], strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=loss)
         assert a["norm"] == pytest.approx(b["norm"], rel=norm)
         assert a["applied"] == b["applied"]
+    if "moment" in one[0]:
+        assert one[0]["moment"] == pytest.approx(other[0]["moment"], rel=norm)
+    if weight is None:
+        return
     a, b = weights(one[1], "master"), weights(other[1], "master")
     assert a.keys() == b.keys()
     assert max((a[name] - b[name]).abs().max().item() for name in a) <= weight
 
 
-@pytest.mark.parametrize("world", WORLDS)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+# fp16 adds only the loss scale, which is the same on all ranks.
+@pytest.mark.parametrize(
+    ("dtype", "world"), [("float32", 1), ("float32", 2), ("bfloat16", 1), ("bfloat16", 2), ("float16", 1)]
+)
 @pytest.mark.parametrize("stage", STAGES)
 def test_resume_on_the_same_topology_is_bitwise(run: Runs, stage: int, dtype: str, world: int) -> None:
-    if dtype == "float16" and world == 2:
-        pytest.skip("fp16 differs from bf16 in the loss scale, which is the same on all ranks")
     call: dict[str, Any] = {"stage": stage, "dtype": dtype, "dropout": 0.1}
     whole = run(world, "train", **call)
     resumed = run(world, "train", load=str(whole[1]), **call)
@@ -159,7 +167,8 @@ def test_resume_with_bf16_optimizer_is_bitwise(run: Runs, world: int) -> None:
 
 
 TRANSITIONS = [
-    *((world, stage, world, to) for world in WORLDS for stage in STAGES for to in STAGES if stage != to),
+    *((1, stage, 1, to) for stage in STAGES for to in STAGES if stage != to),
+    *((2, stage, 2, (stage + 1) % 4) for stage in STAGES),
     *((world, stage, 3 - world, to) for world in WORLDS for stage in STAGES for to in (stage, (stage + world) % 4)),
 ]
 
@@ -178,7 +187,7 @@ def test_any_stage_and_rank_count_reads_any_other(
 def test_a_bf16_checkpoint_changes_stage(run: Runs, stage: int) -> None:
     whole = run(2, "train", stage=stage, dtype="bfloat16")
     resumed = run(1, "train", stage=(stage + 1) % 4, dtype="bfloat16", load=str(whole[1]))
-    assert_close(resumed, whole, loss=2e-3, norm=2e-2, weight=1e-2)
+    assert_close(resumed, whole, loss=2e-3, norm=2e-2, weight=None)
 
 
 @pytest.mark.parametrize("world", WORLDS)
@@ -226,16 +235,15 @@ def test_a_step_is_the_plain_sum_over_micro_batches_and_ranks(run: Runs, stage: 
     assert_close(split, run(3 - world, "normalise", stage=stage, dtype="float32"), loss=1e-6, norm=1e-5, weight=1e-5)
 
 
-@pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("stage", STAGES)
-def test_half_precision_differs_by_rounding_only(run: Runs, stage: int, dtype: str, world: int) -> None:
-    half = run(world, "normalise", stage=stage, dtype=dtype)
-    assert_close(half, run(1, "plain"), loss=3e-3, norm=2e-2, weight=1e-2)
+def test_half_precision_differs_by_rounding_only(run: Runs, stage: int, dtype: str) -> None:
+    half = run(2, "normalise", stage=stage, dtype=dtype)
+    # Weights are no measure: Adam turns the sign noise of a tiny gradient into a full step.
+    assert_close(half, run(1, "plain"), loss=3e-3, norm=2e-2, weight=None)
 
 
-@pytest.mark.parametrize("world", WORLDS)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(("dtype", "world"), [("float32", 1), ("float32", 2), ("bfloat16", 2), ("float16", 1)])
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_gradient_that_is_not_finite_is_not_applied(run: Runs, stage: int, dtype: str, world: int) -> None:
     answer, out = run(world, "poison", stage=stage, dtype=dtype)
@@ -250,10 +258,9 @@ def test_a_gradient_that_is_not_finite_is_not_applied(run: Runs, stage: int, dty
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("stage", STAGES)
-def test_an_engine_that_went_on_can_load(run: Runs, stage: int, dtype: str) -> None:
-    answer, _ = run(2, "rollback", stage=stage, dtype=dtype)
+def test_an_engine_that_went_on_can_load(run: Runs, stage: int) -> None:
+    answer, _ = run(2, "rollback", stage=stage, dtype="bfloat16")
     assert answer["first"] == answer["second"]
 
 
@@ -265,6 +272,8 @@ def test_an_engine_that_went_on_can_load(run: Runs, stage: int, dtype: str) -> N
         ("frozen", "mlp.bias is not in the model, or frozen there"),
         ("round robin", "round_robin_gradients is true"),
         ("early step", "step after 1 of 2 micro-batches"),
+        ("late step", "all micro-batches of the step are done"),
+        ("inside a step", "between two steps only"),
     ],
 )
 def test_misuse_is_named(run: Runs, kind: str, message: str) -> None:
@@ -287,3 +296,21 @@ def test_an_incomplete_set_of_fragments_is_refused(run: Runs, damage: str) -> No
         message = "fragments cover"
     answer, _ = run(1, "refused", stage=2, folder=str(folder), kind=damage)
     assert message in answer
+
+
+def test_weight_decay_is_for_matrices_only() -> None:
+    module = torch.nn.Sequential(torch.nn.Embedding(4, 3), torch.nn.Linear(3, 3), torch.nn.LayerNorm(3))
+    module[0].requires_grad_(False)
+    decayed, others = zero.parameter_groups(module, weight_decay=0.1)
+    assert (decayed["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
+    assert decayed["params"] == [module[1].weight]
+    assert others["params"] == [module[1].bias, module[2].weight, module[2].bias]
+    assert len(zero.parameter_groups(module, weight_decay=0.0)) == 1
+
+
+def test_the_configuration_names_what_it_does_not_know() -> None:
+    known = {"micro_batch_size": 1, "gradient_accumulation_steps": 1, "max_grad_norm": 1.0}
+    with pytest.raises(ValueError, match="zero_stage is 4"):
+        zero.deepspeed_config(zero_stage=4, dtype="float32", **known)
+    with pytest.raises(ValueError, match="dtype is 'int8', it must be one of float32, bfloat16, float16"):
+        zero.deepspeed_config(zero_stage=2, dtype="int8", **known)

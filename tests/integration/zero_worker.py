@@ -170,8 +170,24 @@ def normalise(stage: int, dtype: str, out: str, total: int = 8) -> dict[str, Any
     engine = build(stage, dtype, total, clip=0.3, options=small_scale(dtype))
     steps = [run_step(engine, step, total, ragged=True) for step in range(3)]
     dump(engine, f"{out}.master.safetensors")
+    moment = first_moment_norm(engine)
     finish(engine)
-    return {"steps": steps}
+    return {"steps": steps, "moment": moment}
+
+
+def first_moment_norm(engine: Any) -> float:
+    """Tells a gradient that reached Adam at another scale, which its update hides."""
+    state = fragments.inner_optimizer(engine).state
+    square = sum(
+        (
+            fragments._view(fragment, state[fragment.flat]["exp_avg"]).square().sum()
+            for fragment in fragments.iter_fragments(engine, engine.module.named_parameters())
+        ),
+        torch.zeros(()),
+    )
+    if engine.zero_optimization_stage() > 0:
+        torch.distributed.all_reduce(square)
+    return square.sqrt().item()
 
 
 def plain(out: str, total: int = 8) -> dict[str, Any]:
@@ -198,7 +214,8 @@ def plain(out: str, total: int = 8) -> dict[str, Any]:
         optimizer.zero_grad()
         steps.append({"loss": loss.item(), "norm": norm.item(), "applied": True})
     save_file({name: p.detach() for name, p in module.named_parameters()}, f"{out}.master.safetensors")
-    return {"steps": steps}
+    moment = sum(optimizer.state[p]["exp_avg"].square().sum() for p in decayed + others).sqrt().item()
+    return {"steps": steps, "moment": moment}
 
 
 def poison(stage: int, dtype: str, out: str) -> dict[str, Any]:
@@ -242,6 +259,12 @@ def refused(stage: int, folder: str, kind: str) -> str:
             batch = micro_batches(0, 2, False)[0]
             zero.backward(engine, engine(*batch, 1.0), 1)
             zero.step(engine)
+        elif kind == "late step":
+            for batch in micro_batches(0, 3, False):
+                zero.backward(engine, engine(*batch, 1.0), 1)
+        elif kind == "inside a step":
+            zero.backward(engine, engine(*micro_batches(0, 2, False)[0], 1.0), 1)
+            save(engine, folder)
         elif kind == "round robin":
             save(engine, folder)
         else:
