@@ -4,7 +4,6 @@ A line of JSON on stdin is a call {"case": name, ...arguments}, a line on the or
 group runs many cases, for importing deepspeed takes seconds.
 """
 
-import gc
 import json
 import os
 import random
@@ -156,13 +155,8 @@ def train(
     dump(engine, f"{out}.master.safetensors")
     dump(engine, f"{out}.working.safetensors", master=False)
     counters = [engine.global_steps, engine.micro_steps * torch.distributed.get_world_size(), engine.global_samples]
-    finish(engine)
-    return {"steps": results[-3:], "counters": counters}
-
-
-def finish(engine: Any) -> None:
     engine.destroy()
-    gc.collect()
+    return {"steps": results[-3:], "counters": counters}
 
 
 def normalise(stage: int, dtype: str, out: str, total: int = 8) -> dict[str, Any]:
@@ -171,7 +165,7 @@ def normalise(stage: int, dtype: str, out: str, total: int = 8) -> dict[str, Any
     steps = [run_step(engine, step, total, ragged=True) for step in range(3)]
     dump(engine, f"{out}.master.safetensors")
     moment = first_moment_norm(engine)
-    finish(engine)
+    engine.destroy()
     return {"steps": steps, "moment": moment}
 
 
@@ -227,7 +221,7 @@ def poison(stage: int, dtype: str, out: str) -> dict[str, Any]:
     dump(engine, f"{out}.after.safetensors")
     steps.append(run_step(engine, 2, 4))
     counters = [engine.global_steps, engine.skipped_steps, fragments._optimizer_step(engine)]
-    finish(engine)
+    engine.destroy()
     return {"steps": steps, "counters": counters}
 
 
@@ -239,7 +233,7 @@ def rollback(stage: int, dtype: str, out: str) -> dict[str, Any]:
     first = [run_step(engine, step, 2) for step in (1, 2)]
     fragments.load_fragments(engine, engine.module, Path(out))
     second = [run_step(engine, step, 2) for step in (1, 2)]
-    finish(engine)
+    engine.destroy()
     return {"first": first, "second": second}
 
 
@@ -272,7 +266,7 @@ def refused(stage: int, folder: str, kind: str) -> str:
     except (ValueError, AssertionError) as error:
         return str(error)
     finally:
-        finish(engine)
+        engine.destroy()
     return "nothing was raised"
 
 
