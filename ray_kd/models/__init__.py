@@ -14,7 +14,15 @@ from ray_kd.models.decoder import (
     decoder_of,
     require_plain_head,
 )
-from ray_kd.models.folder import atomic_folder, check_model, is_local, local_folder, model_identity, tokenizer_identity
+from ray_kd.models.folder import (
+    atomic_folder,
+    check_model,
+    is_local,
+    licence_of,
+    local_folder,
+    model_identity,
+    tokenizer_identity,
+)
 from ray_kd.models.layers import block_influence, check_layers, choose_layers, init_from_layers
 from ray_kd.models.load import (
     DTYPES,
@@ -42,6 +50,7 @@ __all__ = [
     "decoder_of",
     "init_from_layers",
     "is_local",
+    "licence_of",
     "load_causal_lm",
     "load_tokenizer",
     "local_folder",

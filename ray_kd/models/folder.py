@@ -116,6 +116,22 @@ def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
     return f"sha256:{hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()}"
 
 
+def licence_of(path_or_id: str, revision: str | None = None) -> str:
+    """The licence a model's card names (`license:` in README.md, or the hub's tag), else "unknown"."""
+    if is_local(path_or_id):
+        card = Path(path_or_id).expanduser() / "README.md"
+        text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+        front = text.split("---", 2)[1] if text.startswith("---") and text.count("---") > 1 else ""
+        tags = [line.strip() for line in front.splitlines()]
+    else:
+        try:
+            tags = _hub_model(path_or_id, revision, "teacher").tags
+        except ConfigError:  # the hub cannot be reached: the card says unknown, the run goes on
+            tags = []
+    named = [tag.split(":", 1)[1].strip() for tag in tags if tag.startswith("license:")]
+    return named[0] if named else "unknown"
+
+
 @contextmanager
 def atomic_folder(folder: str | Path) -> Iterator[Path]:
     """Write into the yielded folder; it becomes `folder` on success and is removed on failure.
@@ -211,6 +227,7 @@ def _check_decoder_only(config: PreTrainedConfig, path_or_id: str, what: str) ->
 class _HubModel:
     commit: str
     files: list[str]
+    tags: list[str]
 
 
 def _hub_model(model_id: str, revision: str | None, what: str) -> _HubModel:
@@ -230,8 +247,8 @@ def _hub_model(model_id: str, revision: str | None, what: str) -> _HubModel:
             raise ConfigError(
                 f"{what}.model '{model_id}' is not a local folder, and the hub cannot be reached ({_line(error)})"
             ) from error
-        return _HubModel(folder.name, [entry.name for entry in folder.iterdir()])
-    return _HubModel(str(info.sha), [sibling.rfilename for sibling in info.siblings or []])
+        return _HubModel(folder.name, [entry.name for entry in folder.iterdir()], [])
+    return _HubModel(str(info.sha), [sibling.rfilename for sibling in info.siblings or []], info.tags or [])
 
 
 def _line(error: BaseException) -> str:

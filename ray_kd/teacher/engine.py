@@ -1,0 +1,74 @@
+"""What a teacher engine is: rows in, one answer per row out, in order. It knows neither Ray nor the trainer.
+
+An engine file holds a dataclass `Config` with its options and a class `Engine`, constructed as
+
+    Engine(config, model=..., revision=..., dtype=..., device="cpu" | "cuda", batch_size=...)
+
+and shifts and masks at its own edge: a payload has one entry per `schema.target_positions`, in order.
+Rows of weight 0 (dummies) never reach an engine.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+TOPK_LOGPROBS = "topk_logprobs"
+
+Rows = Mapping[str, NDArray[Any]]
+"""The prepared columns of B rows: row_id [B] int64; input_ids, labels, position_ids [B, T] int32."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of the teacher for every target position."""
+
+    kind: str = TOPK_LOGPROBS
+    """Payload kind, one of the engine's `provides`."""
+    top_k: int = 64
+    """Entries per position, at most the vocabulary size."""
+    temperature: float = 1.0
+    """Log-probabilities are log_softmax(logits / temperature) over the full vocabulary."""
+
+
+@dataclass(frozen=True)
+class RowError:
+    """In place of a payload: this row has no usable answer, the others do. Never padding."""
+
+    reason: str
+    """One line, for quarantine.jsonl."""
+
+
+class Engine(Protocol):
+    """The teacher's side of the contract; `tests/contract/test_engines.py` runs over every engine on disk."""
+
+    provides: frozenset[str]
+    """Payload kinds it can answer with."""
+
+    def annotate(self, rows: Rows, request: Request) -> list[Any]:
+        """One payload (`ray_kd.payloads`) or RowError per row, in order.
+
+        Raises ValueError for a request it cannot serve (kind, top_k, temperature); other failures travel as they are.
+        """
+        ...
+
+    def close(self) -> None:
+        """Free the model. Calling it twice is harmless."""
+        ...
+
+
+def rows_in(rows: Rows) -> int:
+    """The number of rows B."""
+    return len(np.asarray(rows["input_ids"]))
+
+
+def check_request(request: Request, provides: frozenset[str], vocab_size: int) -> None:
+    """Refuse what no engine over this vocabulary could answer. Raises ValueError with the values allowed."""
+    if request.kind not in provides:
+        raise ValueError(f"the engine provides {', '.join(sorted(provides))}, not '{request.kind}'")
+    if not 1 <= request.top_k <= vocab_size:
+        raise ValueError(f"top_k is {request.top_k}; allowed: 1 to the vocabulary size {vocab_size}")
+    if not request.temperature > 0:
+        raise ValueError(f"temperature is {request.temperature}; allowed: above 0")

@@ -1,0 +1,90 @@
+"""A transformers model in this process: the decoder forward, then the head at target positions only."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ray_kd import schema
+from ray_kd.models import Head, check_architecture, decoder_hidden, load_causal_lm
+from ray_kd.payloads.topk_logprobs import TopKLogprobs
+from ray_kd.teacher.engine import TOPK_LOGPROBS, Request, RowError, Rows, check_request, rows_in
+from ray_kd.teacher.topk import CHUNK_SIZE, topk_logprobs
+
+
+@dataclass
+class Config:
+    """Options of `teacher.engine: {kind: hf}`."""
+
+    chunk_size: int = CHUNK_SIZE
+    """Target tokens per head product; [chunk_size, vocabulary] logits exist at a time."""
+
+
+class Engine:
+    """Loads the model once; at most `batch_size` rows go through the decoder together."""
+
+    provides = frozenset({TOPK_LOGPROBS})
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        model: str,
+        revision: str | None = None,
+        dtype: str = "auto",
+        device: str = "cpu",
+        batch_size: int = 4,
+    ) -> None:
+        """Raises ConfigError when the model cannot be loaded or does not keep packed documents apart."""
+        self._model = load_causal_lm(model, revision, dtype, device)
+        check_architecture(self._model)
+        self._head = Head.of(self._model)
+        self._batch_size = batch_size
+        self._chunk_size = config.chunk_size
+
+    def annotate(self, rows: Rows, request: Request) -> list[TopKLogprobs | RowError]:
+        """One payload per row, in order; a row with a non-finite value anywhere is a RowError of its own."""
+        check_request(request, self.provides, self._head.vocab_size)
+        answers: list[TopKLogprobs | RowError] = []
+        for start in range(0, rows_in(rows), self._batch_size):
+            batch = {name: np.asarray(column)[start : start + self._batch_size] for name, column in rows.items()}
+            answers.extend(self._annotate_batch(batch, request))
+        return answers
+
+    def close(self) -> None:
+        """Drop the model, so that its memory can be used again."""
+        self.__dict__.pop("_model", None)
+        self.__dict__.pop("_head", None)
+
+    @torch.inference_mode()
+    def _annotate_batch(self, rows: Rows, request: Request) -> list[TopKLogprobs | RowError]:
+        targets = schema.target_positions(rows[schema.LABELS], rows[schema.POSITION_IDS])
+        counts = targets.sum(axis=1)
+        hidden = self._target_hidden(rows, targets)
+        ids, logprobs = topk_logprobs(hidden, self._head, request.top_k, request.temperature, self._chunk_size)
+        ids_MK, logprobs_MK = ids.cpu().numpy(), logprobs.cpu().numpy()
+        answers: list[TopKLogprobs | RowError] = []
+        for start, end in zip(np.cumsum(counts) - counts, np.cumsum(counts), strict=True):
+            own = logprobs_MK[start:end]
+            # -inf is a probability of zero (a head that masks tokens); NaN or +inf is a broken forward.
+            if np.isnan(own).any() or np.isposinf(own).any():
+                bad = int((np.isnan(own) | np.isposinf(own)).any(axis=1).sum())
+                answers.append(
+                    RowError(f"the teacher's log-probabilities are not finite at {bad} of {len(own)} tokens")
+                )
+            else:
+                answers.append(TopKLogprobs(ids_MK[start:end], own, request.temperature, self._head.vocab_size))
+        return answers
+
+    def _target_hidden(self, rows: Rows, targets: NDArray[np.bool_]) -> torch.Tensor:
+        """[M, D] at the target positions of all rows, in row-major order; no forward when there is none."""
+        weight = self._head.weight
+        if not targets.any():
+            return torch.empty(0, weight.shape[1], dtype=weight.dtype, device=weight.device)
+        hidden = decoder_hidden(
+            self._model,
+            torch.from_numpy(np.ascontiguousarray(rows[schema.INPUT_IDS])).to(weight.device),
+            torch.from_numpy(np.ascontiguousarray(rows[schema.POSITION_IDS])).to(weight.device),
+        )
+        return hidden[torch.from_numpy(targets).to(weight.device)]
