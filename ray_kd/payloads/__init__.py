@@ -1,0 +1,10 @@
+"""What the teacher said about each target position: one kind a file, numpy in, numpy out, no pickle.
+
+A file holds one frozen dataclass with `encode() -> bytes` and the classmethod `decode(bytes)`, a function
+`nbytes_per_token(...)`, and `example(num_tokens, rng)`, which draws a payload for tests and benchmarks.
+The wire carries facts, not choices: renormalising and tail handling are options of the loss.
+"""
+
+from ray_kd.payloads.topk_logprobs import TopKLogprobs
+
+__all__ = ["TopKLogprobs"]

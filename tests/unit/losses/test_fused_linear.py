@@ -1,0 +1,432 @@
+"""The traps of published kernels, the contract with autograd, the refusals, reduced precision, and memory."""
+
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from ray_kd.losses import fused_linear_kd_loss
+from ray_kd.losses.divergences import jsd
+from ray_kd.losses.sparse_chunk import _padded_distinct_ids, distinct_ids
+from tests.reference.kd_batch import draw, grads_of, with_grads
+from tests.reference.kd_loss import kd_loss
+
+DENSE = {"divergence": "forward_kl", "tail": "bucket", "ce_weight": 0.5}
+SPARSE = {"divergence": "jsd", "tail": "renormalize"}
+both_paths = pytest.mark.parametrize("options", [DENSE, SPARSE], ids=["dense", "sparse"])
+
+
+def head_grad(batch, **options):
+    leaves = with_grads(batch)
+    fused_linear_kd_loss(**leaves, **options).loss.backward()
+    return leaves["lm_head_weight"].grad
+
+
+# -- traps ----------------------------------------------------------------------------------------------------------
+
+
+def test_cross_entropy_and_both_weights_reach_the_gradient():
+    batch = draw()
+    kd_only = head_grad(batch, kd_weight=1.0, ce_weight=0.0)
+    ce_only = head_grad(batch, kd_weight=0.0, ce_weight=1.0)
+    mixed = head_grad(batch, kd_weight=0.25, ce_weight=3.0)
+    logits = with_grads(batch)
+    cross_entropy = torch.nn.functional.cross_entropy(
+        logits["hidden"] @ logits["lm_head_weight"].T, batch["labels"], reduction="mean"
+    )
+    cross_entropy.backward()
+    torch.testing.assert_close(ce_only, logits["lm_head_weight"].grad, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(mixed, 0.25 * kd_only + 3.0 * ce_only, rtol=1e-9, atol=1e-12)
+
+
+@both_paths
+def test_temperature_squared_scales_the_gradient_and_the_value_alike(options):
+    """A directional derivative of the value at T = 2 is the gradient's: T^2 is in both or the two differ by it."""
+    batch = draw(temperature=2.0)
+    leaves = with_grads(batch)
+    fused_linear_kd_loss(**leaves, **options, temperature=2.0).loss.backward()
+    step = 1e-6
+    values = [
+        fused_linear_kd_loss(**batch | {"hidden": batch["hidden"] + sign * step}, **options, temperature=2.0).loss
+        for sign in (1, -1)
+    ]
+    assert float((values[0] - values[1]) / (2 * step)) == pytest.approx(float(leaves["hidden"].grad.sum()), rel=1e-6)
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
+def test_a_complete_support_has_no_bucket(divergence):
+    """Teacher == student over all of V, through fp16: the missing mass is noise of the wire, not a tail."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(64, 16), torch.randn(40, 16)
+    logprobs = torch.log_softmax(hidden @ weight.T, -1).half().float()
+    ids = torch.arange(40).expand(64, 40)
+    out = fused_linear_kd_loss(hidden, weight, ids, logprobs, torch.zeros(64, dtype=torch.long), divergence=divergence)
+    assert -1e-6 < float(out.metrics["kd_loss"]) < 2e-6
+
+
+@both_paths
+@pytest.mark.parametrize("num_rows", [0, 5], ids=["no_rows", "all_ignored"])
+def test_nothing_to_learn_from_is_a_zero_loss_with_zero_gradients(options, num_rows):
+    batch = draw(with_bias=True)
+    for name in ("hidden", "teacher_ids", "teacher_logprobs", "labels"):
+        batch[name] = batch[name][:num_rows]
+    batch["labels"] = torch.full_like(batch["labels"], -100)
+    leaves = with_grads(batch)
+    out = fused_linear_kd_loss(**leaves, **options)
+    out.loss.backward()
+    assert out.loss.item() == 0
+    assert int(out.metrics["num_valid_tokens"]) == 0
+    for name, grad in grads_of(leaves).items():
+        assert grad.shape == leaves[name].shape
+        assert not grad.any()
+
+
+@both_paths
+def test_ignored_rows_may_hold_anything(options):
+    batch = draw(with_ignored=True)
+    ignored = batch["labels"] == -100
+    expected = head_grad(batch, **options)
+    batch["teacher_logprobs"][ignored] = math.nan
+    batch["teacher_ids"][ignored] = 10**6
+    torch.testing.assert_close(head_grad(batch, **options), expected, rtol=0, atol=0)
+
+
+def test_small_entries_keep_their_relative_precision_in_bf16():
+    """p_i near 5e-5 on the teacher's tokens and a tail as small: p_i - q_i must not drown in a rounded a * p_i."""
+    vocab_size, top_k = 64, 8
+    torch.manual_seed(1)
+    logits = torch.full((vocab_size,), -30.0)
+    logits[0] = 0.0
+    logits[1:top_k] = math.log(5e-5) + torch.randn(top_k - 1) * 0.3
+    logits[top_k] = math.log(5e-5)
+    logits = logits.bfloat16()
+    # hidden = 1 and H = 1: the head's column is the logits, and its gradient is the gradient by the logits.
+    weight = logits[:, None].clone().requires_grad_()
+    q = torch.softmax(logits[:top_k].double(), -1)
+    q[1:] *= torch.linspace(0.5, 1.5, top_k - 1)
+    q[0] = 0.9 - q[1:].sum()
+    ids = torch.arange(top_k)[None]
+    out = fused_linear_kd_loss(
+        torch.ones(1, 1, dtype=torch.bfloat16), weight, ids, q.log().float()[None], torch.zeros(1, dtype=torch.long)
+    )
+    out.loss.backward()
+    p = torch.softmax(logits.double(), -1)
+    expected = (p[:top_k] - q)[1:]
+    error = (weight.grad[1:top_k, 0].double() - expected).norm() / expected.norm()
+    assert float(error) < 0.005
+
+
+def test_the_loss_does_not_drift_over_many_chunks_in_bf16():
+    """256 chunks of a large loss: an accumulator in bf16 stops growing."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(512, 8).bfloat16() * 4, torch.randn(50, 8).bfloat16() * 4
+    ids = torch.randint(0, 50, (512, 1))
+    args = (hidden, weight, ids, torch.full((512, 1), -0.1), ids[:, 0])
+    many = fused_linear_kd_loss(*args, chunk_size=2).loss
+    torch.testing.assert_close(many, fused_linear_kd_loss(*args, chunk_size=512).loss, rtol=1e-5, atol=0)
+
+
+def test_a_tail_far_below_float_epsilon_stays_finite():
+    hidden = torch.eye(3)
+    weight = torch.tensor([[200.0, 0.0, 0.0], [0.0, 90.0, 0.0], [0.0, 0.0, 1.0], [0.0, 0.0, 0.0]])
+    ids = torch.tensor([[0, 1], [0, 1], [0, 1]])
+    logprobs = torch.tensor([[0.0, -200.0], [-0.7, -0.7], [-1e-3, -1e4]])
+    for divergence in ("forward_kl", "reverse_kl", "jsd"):
+        leaves = with_grads(
+            {"hidden": hidden, "lm_head_weight": weight, "teacher_ids": ids, "teacher_logprobs": logprobs}
+        )
+        out = fused_linear_kd_loss(**leaves, labels=torch.tensor([0, 1, 2]), divergence=divergence, ce_weight=1.0)
+        out.loss.backward()
+        assert torch.isfinite(out.loss)
+        assert all(torch.isfinite(grad).all() for grad in grads_of(leaves | {"lm_head_bias": None}).values())
+
+
+# -- normalisation and metrics --------------------------------------------------------------------------------------
+
+
+@both_paths
+def test_micro_batches_with_the_global_count_add_up_to_the_whole(options):
+    batch = draw(with_ignored=True)
+    leaves = with_grads(batch)
+    whole = fused_linear_kd_loss(**leaves, **options)
+    whole.loss.backward()
+    count = int(whole.metrics["num_valid_tokens"])
+    parts = with_grads(batch)
+    sums = dict.fromkeys(whole.metrics, 0.0)
+    for rows in (slice(0, 2), slice(2, 7)):
+        part = parts | {name: parts[name][rows] for name in ("hidden", "teacher_ids", "teacher_logprobs", "labels")}
+        out = fused_linear_kd_loss(**part, **options, num_valid_tokens=count)
+        out.loss.backward()
+        sums = {name: total + float(out.metrics[name]) for name, total in sums.items()}
+    for name, total in sums.items():
+        assert total == pytest.approx(float(whole.metrics[name]), rel=1e-9, nan_ok=True), name
+    for name, grad in grads_of(parts).items():
+        if grad is not None:
+            torch.testing.assert_close(grad, grads_of(leaves)[name], rtol=1e-9, atol=1e-12)
+
+
+def test_the_loss_is_the_weighted_sum_of_its_metrics():
+    out = fused_linear_kd_loss(**draw(temperature=2.0), temperature=2.0, kd_weight=0.3, ce_weight=2.0)
+    assert float(out.loss) == pytest.approx(0.3 * float(out.metrics["kd_loss"]) + 2.0 * float(out.metrics["ce_loss"]))
+
+
+def test_metrics_are_detached_and_the_count_may_be_a_tensor():
+    batch = with_grads(draw())
+    out = fused_linear_kd_loss(**batch, num_valid_tokens=torch.tensor(7))
+    assert not any(value.requires_grad for value in out.metrics.values())
+    torch.testing.assert_close(out.loss, fused_linear_kd_loss(**batch).loss)
+
+
+# -- autograd -------------------------------------------------------------------------------------------------------
+
+
+@both_paths
+def test_gradcheck(options):
+    batch = draw(with_bias=True, with_empty=True)
+
+    def loss(hidden, weight, bias):
+        leaves = batch | {"hidden": hidden, "lm_head_weight": weight, "lm_head_bias": bias}
+        return fused_linear_kd_loss(**leaves, **options, chunk_size=3).loss
+
+    leaves = with_grads(batch)
+    assert torch.autograd.gradcheck(loss, (leaves["hidden"], leaves["lm_head_weight"], leaves["lm_head_bias"]))
+
+
+@both_paths
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_backward_multiplies_by_the_factor_it_is_given(options, dtype):
+    batch = draw(with_bias=True, dtype=dtype)
+    plain, scaled = with_grads(batch), with_grads(batch)
+    fused_linear_kd_loss(**plain, **options).loss.backward()
+    (fused_linear_kd_loss(**scaled, **options).loss * (1 / 3)).backward()
+    for name, grad in grads_of(scaled).items():
+        torch.testing.assert_close(grad.double(), grads_of(plain)[name].double() / 3, rtol=2**-8, atol=1e-12)
+
+
+def test_a_retained_graph_gives_right_gradients_again_and_leaves_the_first_alone():
+    batch = with_grads(draw())
+    out = fused_linear_kd_loss(**batch)
+    weight = batch["lm_head_weight"]
+    (expected,) = torch.autograd.grad(fused_linear_kd_loss(**batch).loss, weight)
+    (first,) = torch.autograd.grad(3 * out.loss, weight, retain_graph=True)
+    (second,) = torch.autograd.grad(out.loss, weight, retain_graph=True)
+    torch.testing.assert_close(first, 3 * expected)
+    torch.testing.assert_close(second, expected)
+    first.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(out.loss, weight)
+
+
+def test_backward_twice_without_retaining_is_refused_and_so_is_a_second_derivative():
+    batch = with_grads(draw())
+    out = fused_linear_kd_loss(**batch)
+    out.loss.backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        out.loss.backward()
+    loss = fused_linear_kd_loss(**batch).loss
+    (grad,) = torch.autograd.grad(loss, batch["hidden"], create_graph=True)
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        grad.sum().backward()
+
+
+def test_tied_weights_collect_both_gradients():
+    batch, tokens = draw(vocab_size=19, width=5), torch.tensor([1, 4, 4, 0, 7, 9, 18])
+    grads = []
+    for loss_of in (lambda **kw: fused_linear_kd_loss(**kw, **DENSE).loss, lambda **kw: kd_loss(**kw, **DENSE)[0]):
+        weight = batch["lm_head_weight"].clone().requires_grad_()
+        loss_of(**batch | {"hidden": torch.tanh(weight[tokens]), "lm_head_weight": weight}).backward()
+        grads.append(weight.grad)
+    torch.testing.assert_close(*grads, rtol=1e-9, atol=1e-12)
+
+
+@both_paths
+def test_no_gradient_is_computed_where_none_is_asked_for(options, monkeypatch):
+    batch = with_grads(draw())
+    expected = float(fused_linear_kd_loss(**batch, **options).loss)
+
+    def refuse(*args):
+        raise AssertionError("a gradient was computed")
+
+    monkeypatch.setattr("ray_kd.losses.dense_chunk.logit_gradient", refuse)
+    monkeypatch.setattr("ray_kd.losses.sparse_chunk.logit_gradient", refuse)
+    with torch.no_grad():
+        out = fused_linear_kd_loss(**batch, **options)
+    assert not out.loss.requires_grad
+    assert float(out.loss) == expected
+    frozen = {name: value.detach() if value is not None else None for name, value in batch.items()}
+    assert not fused_linear_kd_loss(**frozen, **options).loss.requires_grad
+
+
+def test_a_trained_head_over_frozen_hidden_states():
+    batch = draw()
+    leaves = batch | {"lm_head_weight": batch["lm_head_weight"].clone().requires_grad_()}
+    fused_linear_kd_loss(**leaves, **DENSE).loss.backward()
+    torch.testing.assert_close(leaves["lm_head_weight"].grad, head_grad(batch, **DENSE))
+
+
+def test_autocast_does_not_lower_the_precision():
+    batch = draw(dtype=torch.float32)
+    expected = head_grad(batch, **DENSE)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = head_grad(batch, **DENSE)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+# -- options --------------------------------------------------------------------------------------------------------
+
+
+def test_a_divergence_is_named_mapped_or_configured():
+    batch = draw()
+    expected = fused_linear_kd_loss(**batch, divergence="jsd", beta=0.2).loss
+    for divergence in ({"kind": "jsd", "beta": 0.2}, jsd.Config(beta=0.2)):
+        torch.testing.assert_close(fused_linear_kd_loss(**batch, divergence=divergence).loss, expected)
+    by_keyword = fused_linear_kd_loss(**batch, divergence={"kind": "jsd"}, beta=0.2).loss
+    torch.testing.assert_close(by_keyword, expected)
+    forward = fused_linear_kd_loss(**batch, divergence="forward_kl", beta=7.0).loss
+    torch.testing.assert_close(forward, fused_linear_kd_loss(**batch).loss)
+
+
+def test_a_third_partys_divergence_is_a_dotted_module_name(tmp_path, monkeypatch):
+    package = tmp_path / "their_kd"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "half_forward.py").write_text(
+        "from dataclasses import dataclass\n"
+        "@dataclass(frozen=True)\n"
+        "class Config:\n"
+        "    factor: float = 0.5\n"
+        "def divergence(log_p, log_q, config):\n"
+        "    q = log_q.exp()\n"
+        "    return config.factor * (q * (log_q - log_p)).sum(-1), -config.factor * q\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    batch = draw()
+    out = fused_linear_kd_loss(**batch, divergence={"kind": "their_kd.half_forward", "factor": 0.25})
+    torch.testing.assert_close(out.loss, 0.25 * fused_linear_kd_loss(**batch).loss)
+    with pytest.raises(ValueError, match="drop"):
+        fused_linear_kd_loss(**batch, divergence="their_kd.half_forward", tail="drop")
+
+
+@pytest.mark.parametrize("ce_weight", [0.0, 0.5], ids=["sparse", "dense"])
+def test_a_payload_at_another_temperature_is_rescaled_on_the_support(ce_weight):
+    """log_softmax(log q / T) over I is the teacher at T, renormalised, whatever its full vocabulary was."""
+    at_one, at_two = draw(temperature=1.0), draw(temperature=2.0)
+    torch.testing.assert_close(at_one["teacher_ids"], at_two["teacher_ids"])
+    options = {"tail": "renormalize", "temperature": 2.0, "ce_weight": ce_weight}
+    rescaled = fused_linear_kd_loss(**at_one, **options, payload_temperature=1.0)
+    torch.testing.assert_close(rescaled.loss, fused_linear_kd_loss(**at_two, **options).loss)
+
+
+REFUSED = {
+    "unknown_tail": ({"tail": "bukcet"}, "unknown tail 'bukcet'.*bucket.*Allowed: bucket, renormalize, drop"),
+    "unknown_divergence": ({"divergence": "foward_kl"}, "foward_kl.*forward_kl"),
+    "unknown_option": ({"divergence": {"kind": "jsd", "betta": 0.1}}, "betta.*beta"),
+    "not_a_divergence": ({"divergence": 3}, "3 is neither.*forward_kl"),
+    "reverse_kl_drop": ({"divergence": "reverse_kl", "tail": "drop"}, "'drop'.*reverse_kl.*bucket, renormalize"),
+    "jsd_drop": ({"divergence": "jsd", "tail": "drop"}, "'drop'.*jsd.*bucket, renormalize"),
+    "gkd_drop": ({"divergence": "gkd", "tail": "drop"}, "'drop'.*gkd"),
+    "zero_temperature": ({"temperature": 0.0}, "temperature.*0.0"),
+    "negative_temperature": ({"temperature": -1.0}, "temperature.*-1.0"),
+    "nan_temperature": ({"temperature": math.nan}, "temperature.*nan"),
+    "negative_weight": ({"ce_weight": -0.1}, "ce_weight.*-0.1"),
+    "beta_zero": ({"divergence": "jsd", "beta": 0.0}, r"beta=0.0.*\(0, 1\)"),
+    "beta_one": ({"divergence": "jsd", "beta": 1.0}, r"beta=1.0.*\(0, 1\)"),
+    "gkd_beta": ({"divergence": "gkd", "beta": 1.5}, r"beta=1.5.*\[0, 1\]"),
+    "bucket_other_temperature": ({"temperature": 2.0, "payload_temperature": 1.0}, "'bucket'.*2.0.*1.0.*renormalize"),
+    "drop_other_temperature": (
+        {"tail": "drop", "temperature": 2.0, "payload_temperature": 1.0},
+        "'drop'.*2.0.*1.0.*renormalize",
+    ),
+    "zero_chunk": ({"chunk_size": 0}, "chunk_size=0"),
+    "zero_count": ({"num_valid_tokens": 0}, "num_valid_tokens=0"),
+    "hidden_width": ({"hidden": torch.zeros(7, 6, dtype=torch.float64)}, r"\[7, 6\].*\[19, 5\]"),
+    "hidden_rank": ({"hidden": torch.zeros(7, 1, 5, dtype=torch.float64)}, r"\[7, 1, 5\]"),
+    "bias_shape": ({"lm_head_bias": torch.zeros(18, dtype=torch.float64)}, r"\[18\].*19"),
+    "mixed_dtypes": ({"hidden": torch.zeros(7, 5)}, "float32.*float64"),
+    "labels_shape": ({"labels": torch.zeros(6, dtype=torch.long)}, r"\[6\].*N = 7"),
+    "logprobs_shape": ({"teacher_logprobs": torch.zeros(7, 3)}, r"\[7, 3\]"),
+    "float_ids": ({"teacher_ids": torch.zeros(7, 4)}, "float32.*integers"),
+    "more_tokens_than_vocabulary": (
+        {"teacher_ids": torch.zeros(7, 20, dtype=torch.long), "teacher_logprobs": torch.zeros(7, 20)},
+        "K = 20.*19",
+    ),
+    "id_outside_vocabulary": ({"teacher_ids": torch.full((7, 4), 19)}, "19 is outside.*19"),
+    "label_outside_vocabulary": ({"labels": torch.full((7,), 19)}, "19.*18"),
+    "negative_label": ({"labels": torch.full((7,), -1)}, "-1.*-100"),
+    "nan_logprobs": ({"teacher_logprobs": torch.full((7, 4), math.nan)}, "NaN"),
+    "repeated_ids": ({"teacher_ids": torch.zeros(7, 4, dtype=torch.long), "validate": True}, "repeat"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refusals_name_what_was_seen_and_what_is_allowed(case):
+    options, message = REFUSED[case]
+    with pytest.raises(ValueError, match=message) as error:
+        fused_linear_kd_loss(**draw() | options)
+    assert "\n" not in str(error.value)
+
+
+# -- precision and memory -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options", [DENSE, SPARSE, {"temperature": 2.0, "ce_weight": 1.0}], ids=["dense", "sparse", "T2"]
+)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"])
+def test_reduced_precision_stays_near_float64(dtype, tolerance, options):
+    batch = draw(num_tokens=96, width=32, vocab_size=300, top_k=16, with_bias=True, dtype=dtype)
+    batch["lm_head_weight"] *= 0.3
+    fast, slow = with_grads(batch), with_grads(batch)
+    out = fused_linear_kd_loss(**fast, **options, chunk_size=32)
+    loss, _ = kd_loss(**slow, **options)
+    out.loss.backward()
+    loss.backward()
+    assert out.loss.dtype == torch.float32
+    assert float(out.loss) == pytest.approx(float(loss), rel=tolerance)
+    for name, grad in grads_of(fast).items():
+        assert grad.dtype == dtype
+        expected = grads_of(slow)[name].double()
+        assert float((grad.double() - expected).norm() / expected.norm()) < tolerance, name
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (5, 3), (40, 64)], ids=str)
+def test_distinct_ids_without_a_size_that_depends_on_values(shape):
+    ids = torch.randint(0, 9, shape)
+    for distinct, place in (distinct_ids(ids), _padded_distinct_ids(ids)):
+        torch.testing.assert_close(distinct[place], ids)
+    distinct, place = _padded_distinct_ids(ids)
+    assert distinct.numel() == ids.numel()
+    assert int(place.max()) + 1 == ids.unique().numel()
+    assert not distinct[int(place.max()) + 1 :].any()
+
+
+MEASURE = """
+import resource, sys, torch
+from ray_kd.losses import fused_linear_kd_loss
+torch.set_num_threads(1)
+N, H, V, K = 2048, 32, 24000, 8
+hidden, weight = torch.randn(N, H, requires_grad=True), torch.randn(V, H, requires_grad=True)
+ids = torch.stack([torch.randperm(V)[:K] for _ in range(N)])
+logprobs, labels = torch.full((N, K), -3.0), torch.zeros(N, dtype=torch.long)
+def step(rows, **options):
+    rows = slice(0, rows)
+    fused_linear_kd_loss(hidden[rows], weight, ids[rows], logprobs[rows], labels[rows], **options).loss.backward()
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+step(8, ce_weight=1.0, chunk_size=8)
+step(8, tail="renormalize")
+before = peak()
+step(N, tail="renormalize")
+sparse = peak()
+step(N, ce_weight=1.0, chunk_size=64)
+print(sparse - before, peak() - before, 4 * N * V // 1024)
+"""
+
+
+def test_no_tensor_of_all_tokens_by_the_vocabulary_is_ever_allocated():
+    """Peak resident memory, in a process of its own: a chunk of 64 of 2048 rows needs 1/32 of the logits."""
+    out = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True, timeout=120)
+    sparse_kib, dense_kib, full_kib = map(int, out.stdout.split())
+    assert sparse_kib < full_kib / 8
+    assert dense_kib < full_kib / 8
