@@ -12,9 +12,11 @@ All ranks must run the same number of micro-batches, empty ones included (forwar
 hangs. Checkpoints: `fragments.py`. Checked with deepspeed 0.19.8, held by `tests/integration/test_zero.py`.
 """
 
+import importlib
 import logging
 import math
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from types import ModuleType
@@ -25,11 +27,12 @@ from torch import nn
 
 from ray_kd.trainer.fragments import inner_optimizer, master_twins
 
+_MUON = "deepspeed.runtime.zero.muon.original_muon"
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 def import_deepspeed() -> ModuleType:
-    """Import deepspeed quietly and without its compiler; the only way ray_kd imports it. Takes 3-7 s the first time.
+    """Import deepspeed quietly and without its compilers; the only way ray_kd imports it. 1-7 s the first time.
 
     On the CPU its communication backend builds an extension with g++ (38 s and more, behind a lock that a killed
     build leaves for ever) which training never calls: declared incompatible, it is not built.
@@ -37,7 +40,16 @@ def import_deepspeed() -> ModuleType:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read at import; without it a warning on every rank
     import deepspeed
+    from deepspeed.runtime import compiler
 
+    if _MUON not in sys.modules:
+        # ZeRO asks whether the optimizer is a Muon, and importing that runs torch.compile as a decorator: 2 s of
+        # loading the compiler in each rank for functions nobody calls.
+        torch_compile, compiler.compile = compiler.compile, lambda: compiler.dummy_decorator
+        try:
+            importlib.import_module(_MUON)
+        finally:
+            compiler.compile = torch_compile
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # deepspeed 0.19 under torch 2.13 warns of renamed collectives anew at every call on every rank.

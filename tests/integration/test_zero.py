@@ -298,6 +298,12 @@ def test_an_incomplete_set_of_fragments_is_refused(run: Runs, damage: str) -> No
     assert message in answer
 
 
+def test_training_loads_no_compiler(run: Runs) -> None:
+    run(2, "train", stage=2, dtype="float32")
+    names = ["deepspeed.runtime.zero.muon.original_muon", "torch._inductor.compile_fx"]
+    assert run(2, "loaded", names=names)[0] == names[:1]
+
+
 def test_weight_decay_is_for_matrices_only() -> None:
     module = torch.nn.Sequential(torch.nn.Embedding(4, 3), torch.nn.Linear(3, 3), torch.nn.LayerNorm(3))
     module[0].requires_grad_(False)

@@ -270,7 +270,12 @@ def refused(stage: int, folder: str, kind: str) -> str:
     return "nothing was raised"
 
 
-CASES = {case.__name__: case for case in (train, normalise, plain, poison, rollback, refused)}
+def loaded(out: str, names: list[str]) -> list[str]:
+    """Which of these modules this process has imported."""
+    return [name for name in names if name in sys.modules]
+
+
+CASES = {case.__name__: case for case in (train, normalise, plain, poison, rollback, refused, loaded)}
 
 
 def main() -> None:
