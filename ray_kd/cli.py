@@ -1,7 +1,7 @@
 """The jobs as commands: parse, call the pipeline, print one line for an error, return the exit code.
 
-    python jobs/distill.py configs/quickstart.yaml train.max_steps=50
-    python -m ray_kd distill configs/quickstart.yaml train.max_steps=50      # an installed package
+python jobs/distill.py configs/quickstart.yaml train.max_steps=50
+python -m ray_kd distill configs/quickstart.yaml train.max_steps=50      # an installed package
 """
 
 import argparse
@@ -62,11 +62,13 @@ def distill(argv: list[str]) -> int:
     if config is None:
         return EXIT_DONE
     _start_logging(config)
-    from ray_kd import pipeline, run_folder, summary
+    from ray_kd import pipeline, results, run_folder, summary
 
     run_dir = run_folder.run_dir(config)
     result = pipeline.distill(config)
     print(summary.describe(result))
+    if samples := results.describe_samples(run_dir):
+        print(samples + "\n")
     print(f"student: {run_dir / run_folder.FINAL}   figures: {run_dir / run_folder.SUMMARY}")
     return EXIT_DONE
 
@@ -94,20 +96,15 @@ def evaluate(argv: list[str]) -> int:
     parser = _Parser("evaluate", description=evaluate.__doc__)
     parser.add_argument("run_dir", help="the run folder")
     parser.add_argument("--model", help="a model folder to measure instead of the run's final/")
-    parser.add_argument("--max-rows", type=int, help="held-out rows used; 0 uses all (default: the run's eval.max_rows)")
-    parser.add_argument("--samples", type=int, default=0, help="print this many generations of the model")
+    parser.add_argument(
+        "--max-rows", type=int, help="held-out rows used; 0 uses all (default: the run's eval.max_rows)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     options = parser.parse_args(argv)
-    from ray_kd import pipeline, summary
+    from ray_kd import results, summary
 
-    config = _config_of_run(Path(options.run_dir))
-    metrics = pipeline.evaluate(config, model=options.model, max_rows=options.max_rows)
-    if options.json:
-        print(json.dumps(metrics))
-    else:
-        print(summary.describe_eval({"measured": metrics}))
-    for prompt, text in pipeline.sample(config, model=options.model, count=options.samples):
-        print(f"\n> {prompt}\n{text}")
+    metrics = results.evaluate(_config_of_run(Path(options.run_dir)), model=options.model, max_rows=options.max_rows)
+    print(json.dumps(metrics) if options.json else summary.describe_eval({"measured": metrics}))
     return EXIT_DONE
 
 
@@ -120,10 +117,10 @@ def export(argv: list[str]) -> int:
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"),
                         help="type of the weights (default: the run's student.dtype)")  # fmt: skip
     options = parser.parse_args(argv)
-    from ray_kd import pipeline
+    from ray_kd import results
 
     config = _config_of_run(Path(options.run_dir))
-    step = pipeline.export(config, Path(options.out_dir), step=options.step, dtype=options.dtype)
+    step = results.export(config, Path(options.out_dir), step=options.step, dtype=options.dtype)
     print(f"step {step} of {options.run_dir} -> {options.out_dir}")
     return EXIT_DONE
 
@@ -141,7 +138,9 @@ def _config_from(argv: list[str], job: str, description: str | None) -> configur
     parser = _Parser(job, description=description, epilog=_key_help() if {"-h", "--help"} & set(argv) else None,
                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("config", help="YAML file (configs/ has complete ones)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. train.max_steps=50 student.init.layers=15")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="e.g. train.max_steps=50 student.init.layers=15"
+    )
     parser.add_argument("--print-config", action="store_true", help="print the resolved config and exit")
     options = parser.parse_args(argv)
     config = configuration.load(options.config, options.overrides)

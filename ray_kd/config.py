@@ -41,6 +41,8 @@ class Data:
     """Tokens in a packed row; longer documents are split and counted."""
     prepared_dir: str | None = None
     """Folder of the prepared data, reused by later runs. Default: <run.dir>/../prepared."""
+    license: str | None = None
+    """Licence of the data, for the model card."""
     max_bad_fraction: float = 0.05
     """Above this fraction of quarantined records the run stops with exit code 65."""
 
@@ -181,6 +183,10 @@ class Eval:
     """Held-out rows used, the same each time; 0 uses all."""
     batch_size: int = 4
     """Rows per forward in evaluation."""
+    prompts: list[str] = field(default_factory=list)
+    """Prompts the student answers before and after training, shown at the end of the run."""
+    max_new_tokens: int = 48
+    """Length of those answers."""
 
 
 @dataclass

@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ray_kd import checkpoint, cluster, launch, run_folder, schema, summary
+from ray_kd import checkpoint, cluster, launch, results, run_folder, schema, summary
 from ray_kd.config import Pool, RunConfig
 from ray_kd.data.order import SlotOrder
 from ray_kd.data.prepared import PreparedData
 from ray_kd.errors import RayKDError, RetryableError
+from ray_kd.heldout import make_evaluate
 from ray_kd.locks import driver_lock
 from ray_kd.payloads.topk_logprobs import nbytes_per_token
 from ray_kd.progress import Progress
@@ -63,7 +64,7 @@ def distill(config: RunConfig) -> dict[str, Any]:
             try:
                 student_path = _student(config, run_dir, prepared)
                 _fit(config, run_dir, prepared, order, student_path, vocab_size)
-                _export(config, run_dir, prepared, student_path)
+                results.finish(config, run_dir)
             except BaseException as error:
                 exit_code = error.exit_code if isinstance(error, RayKDError) else 70
                 _write_summary(run_dir, prepared.manifest, order, exit_code)
@@ -78,13 +79,12 @@ def prepare(config: RunConfig, quarantine_path: Path | None = None) -> PreparedD
     """
     from ray_kd.data.prepare import prepare as prepare_data
 
-    folder = config.data.prepared_dir or str(run_folder.run_dir(config).parent / "prepared")
     return prepare_data(
         config.data,
         tokenizer_path=config.teacher.model,
         revision=config.teacher.revision,
         seed=config.run.seed,
-        prepared_dir=folder,
+        prepared_dir=str(run_folder.prepared_dir(config)),
         quarantine_path=quarantine_path,
     )
 
@@ -249,10 +249,11 @@ def _fit(
         prepared_dir=str(prepared.folder),
         order=order,
         block_rows=block_rows,
-        engine=_engine_spec(config, threads.teacher),
+        engine=EngineSpec.of(config.teacher, threads.teacher),
         request=Request(top_k=config.teacher.top_k, temperature=config.loss.temperature),
         pool=pool,
     )
+    held_out = results.held_out(config, prepared.folder, threads.worker, on_gpu=options.gpus_per_worker > 0)
     spec = TrainSpec(
         run_dir=str(run_dir),
         student_path=student_path,
@@ -266,7 +267,7 @@ def _fit(
         num_rows=order.num_rows,
         num_steps=order.num_steps,
         num_planned_rows=order.num_planned_rows,
-        make_evaluate=None,
+        make_evaluate=partial(make_evaluate, held_out) if prepared.manifest.eval_rows else None,
     )
     # The least that keeps every process busy; below it the stream could starve.
     run_ahead_rows = max(config.teacher.run_ahead_rows, block_rows * 4 * (options.num_workers + pool.max_actors))
@@ -277,7 +278,7 @@ def _fit(
             use_gpu=options.gpus_per_worker > 0,
             resources_per_worker={"CPU": options.cpus_per_worker}
             | ({"GPU": options.gpus_per_worker} if options.gpus_per_worker > 0 else {}),
-            label_selector=options.label_selector or None,
+            label_selector=options.label_selector or None,  # type: ignore[call-arg] # typed as Train v1's
         ),
         torch_config=TorchConfig(timeout_s=math.ceil(options.timeout_s)),
         # The run folder is Train's experiment directory: its name is the run's in the dashboard, and a checkpoint
@@ -304,19 +305,6 @@ def _fit(
         progress.close()
     if (steps := _trained_steps(run_dir)) < order.num_steps:
         raise RetryableError(f"stopped after step {steps} of {order.num_steps}; the same command goes on from there")
-
-
-def _engine_spec(config: RunConfig, threads: int) -> EngineSpec:
-    teacher = config.teacher
-    return EngineSpec(
-        engine=teacher.engine,
-        model=teacher.model,
-        revision=teacher.revision,
-        dtype=teacher.dtype,
-        batch_size=teacher.batch_size,
-        num_gpus=teacher.pool.num_gpus,
-        threads=threads,
-    )
 
 
 def _loss_options(config: RunConfig) -> dict[str, Any]:

@@ -23,6 +23,7 @@ ATTEMPTS = "attempts.jsonl"
 TEACHER_JOURNAL = "teacher"
 SUMMARY = "summary.json"
 FINAL = "final"
+SAMPLES = "samples.json"
 LOG = "driver.log"
 
 _IDENTITY_KEYS = (
@@ -106,6 +107,19 @@ def check_content(folder: Path, config: RunConfig, content: Mapping[str, str]) -
     temporary = folder / f".{CONFIG}.tmp"
     temporary.write_text(configuration.to_yaml(config), encoding="utf-8")
     temporary.replace(folder / CONFIG)
+
+
+def content_of(folder: Path) -> dict[str, str]:
+    """The fingerprints `check_content` wrote. Raises ConfigError when the run never came that far."""
+    known = _read(folder / IDENTITY)
+    if known is None:
+        raise ConfigError(f"'{folder}' holds no run: it has no {IDENTITY}")
+    return known["content"]
+
+
+def prepared_dir(config: RunConfig) -> Path:
+    """Where prepared data lies, one folder per fingerprint."""
+    return Path(config.data.prepared_dir or run_dir(config).parent / "prepared")
 
 
 def finished_summary(folder: Path) -> dict[str, Any] | None:

@@ -1,6 +1,7 @@
 """summary.json: what the run did, over all its attempts, written on success and on failure."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def build(run_dir: Path, manifest: Manifest, order: SlotOrder, exit_code: int) -
         "teacher_wait_fraction": totals.wait_s / totals.timed_step_s if totals.timed_step_s > 0 else 0.0,
         "restarts": max(0, starts - 1),
         "exit_code": exit_code,
-        "eval": _eval(run_dir, totals.steps),
+        "eval": evaluation(run_dir),
     }
 
 
@@ -62,7 +63,7 @@ def describe(summary: dict[str, Any]) -> str:
         f"{summary['rows_quarantined']} quarantined",
     ]
     if summary["eval"]:
-        lines.append(describe_eval(summary["eval"]["before"], summary["eval"]["after"]))
+        lines.append(describe_eval(summary["eval"]))
     return "\n".join(lines)
 
 
@@ -75,25 +76,24 @@ _LABELS = {
 }
 
 
-def describe_eval(before: dict[str, Any], after: dict[str, Any] | None) -> str:
-    """A small table of the held-out metrics."""
-    rows = [f"{'held-out':<38}{'before':>12}" + (f"{'after':>12}" if after else "")]
+def describe_eval(columns: Mapping[str, Mapping[str, Any]]) -> str:
+    """A small table of held-out metrics; columns: heading -> metrics."""
+    rows = [f"{'held-out':<38}" + "".join(f"{heading:>12}" for heading in columns)]
     for name, label in _LABELS.items():
-        if before.get(name) is not None:
-            row = f"{label:<38}{before[name]:>12,.3f}"
-            if after and after.get(name) is not None:
-                row += f"{after[name]:>12,.3f}"
-            rows.append(row)
+        values = [metrics.get(name) for metrics in columns.values()]
+        if any(value is not None for value in values):
+            cells = ["" if value is None else f"{value:,.3f}" for value in values]
+            rows.append(f"{label:<38}" + "".join(f"{cell:>12}" for cell in cells))
     return "\n".join(rows)
 
 
-def _eval(run_dir: Path, last_step: int) -> dict[str, Any] | None:
+def evaluation(run_dir: Path) -> dict[str, Any] | None:
+    """Held-out metrics before training and at the newest evaluation; None without eval data."""
     path = run_dir / EVAL_BEFORE
     if not path.exists():
         return None
-    after = None
+    before = json.loads(path.read_text())
+    after = before
     for line in read_metrics(run_dir / METRICS):
-        if line["step"] <= last_step:
-            found = {key.removeprefix("eval/"): v for key, v in line.items() if key.startswith("eval/")}
-            after = found or after
-    return {"before": json.loads(path.read_text()), "after": after}
+        after = {key.removeprefix("eval/"): v for key, v in line.items() if key.startswith("eval/")} or after
+    return {"before": before, "after": after}

@@ -8,6 +8,7 @@ Costs: 7-18 ms of executor CPU per block, so blocks are as large as the batch al
 in the blocks, not indices, because the object store's byte limit is what bounds the run-ahead.
 """
 
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
@@ -61,7 +62,7 @@ class _SlotWindows(Datasource):
         window = max(_MIN_WINDOW_SLOTS, -(-slots // _MAX_WINDOWS))
         window = -(-window // block_rows) * block_rows
         edges = [*range(start_slot, order.num_slots, window), order.num_slots]
-        self.windows = list(zip(edges[:-1], edges[1:], strict=True))
+        self.windows = list(itertools.pairwise(edges))
 
     def get_name(self) -> str:
         return "Slots"

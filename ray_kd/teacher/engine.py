@@ -46,6 +46,8 @@ class Engine(Protocol):
 
     provides: frozenset[str]
     """Payload kinds it can answer with."""
+    is_local_model: bool
+    """Whether its answers are those of the model folder itself, so that evaluation may load it for the exact KL."""
 
     def annotate(self, rows: Rows, request: Request) -> list[Any]:
         """One payload (`ray_kd.payloads`) or RowError per row, in order.

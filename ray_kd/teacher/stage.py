@@ -13,7 +13,7 @@ import json
 import os
 import time
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 
 from ray_kd import plugins, schema
+from ray_kd.config import Teacher
 from ray_kd.teacher.engine import Engine, Request, RowError
 
 
@@ -33,8 +34,25 @@ class EngineSpec:
     revision: str | None
     dtype: str
     batch_size: int
-    num_gpus: float
+    on_gpu: bool
     threads: int
+
+    @classmethod
+    def of(cls, teacher: Teacher, threads: int) -> "EngineSpec":
+        """The configured engine, on a GPU when the pool's actors have one."""
+        return cls(
+            engine=teacher.engine,
+            model=teacher.model,
+            revision=teacher.revision,
+            dtype=teacher.dtype,
+            batch_size=teacher.batch_size,
+            on_gpu=teacher.pool.num_gpus > 0,
+            threads=threads,
+        )
+
+    def on(self, on_gpu: bool) -> "EngineSpec":
+        """The same engine on a GPU, or not."""
+        return replace(self, on_gpu=on_gpu)
 
     def build(self) -> Engine:
         """Construct the engine; loads the teacher."""
@@ -47,7 +65,7 @@ class EngineSpec:
             model=self.model,
             revision=self.revision,
             dtype=self.dtype,
-            device="cuda" if self.num_gpus > 0 else "cpu",
+            device="cuda" if self.on_gpu else "cpu",
             batch_size=self.batch_size,
         )
 

@@ -176,6 +176,21 @@ def load_fragments(engine: Any, module: nn.Module, folder: Path) -> None:
     engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
 
 
+def read_parameters(folder: Path, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, fp32 master) of every trainable parameter, one at a time, without DeepSpeed: what export writes.
+
+    prefix: removed from the names; parameters without it are left out. The folder must have been verified.
+    """
+    records = _read_records(folder)
+    with ExitStack() as stack:
+        source = _Source(folder, records, stack)
+        for name, shape in records[0]["parameters"].items():
+            if name.startswith(prefix):
+                flat = torch.empty(torch.Size(shape).numel())
+                source.copy(Fragment(name, flat.numel(), 0, flat, 0, flat.numel()), "fp32", flat)
+                yield name.removeprefix(prefix), flat.view(shape)
+
+
 class _Source:
     """All fragments in a folder: where each stretch of each parameter lies, read lazily."""
 

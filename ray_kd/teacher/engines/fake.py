@@ -35,6 +35,7 @@ class Engine:
     """Needs nothing of `model`, `dtype` or `device`; takes them so that any engine is constructed alike."""
 
     provides = frozenset({TOPK_LOGPROBS})
+    is_local_model = False
 
     def __init__(
         self,

@@ -25,6 +25,7 @@ class Engine:
     """Loads the model once; at most `batch_size` rows go through the decoder together."""
 
     provides = frozenset({TOPK_LOGPROBS})
+    is_local_model = True
 
     def __init__(
         self,

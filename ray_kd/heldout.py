@@ -1,0 +1,99 @@
+"""The held-out evaluation as the trainer and the evaluate job call it: which rows, which teacher, which student.
+
+Built in the process that runs it. The teacher goes over the rows once, here; evaluations after it cost the student's
+forward and the two heads at target positions.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ray_kd import models, plugins
+from ray_kd.data.prepared import PreparedData
+from ray_kd.eval import DenseTargets, Evaluator, TeacherTargets, TopKTargets, rows_of_rank
+from ray_kd.teacher.engine import Request, RowError
+from ray_kd.teacher.stage import EngineSpec
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What an evaluation needs, small and picklable. max_rows 0: all."""
+
+    prepared_dir: str
+    max_rows: int
+    batch_size: int
+    teacher: EngineSpec
+    top_k: int
+
+
+def make_evaluate(spec: HeldOut, device: torch.device) -> Callable[[Any], dict[str, float]]:
+    """For the trainer: DeepSpeed engine -> metrics, over all ranks. Every rank calls both, the same number of times."""
+    import torch.distributed as dist
+
+    from ray_kd.trainer.step import all_reduce
+
+    evaluator = _evaluator(spec, device, dist.get_rank(), dist.get_world_size())
+
+    def evaluate(engine: Any) -> dict[str, float]:
+        engine.eval()
+        try:
+            return evaluator.evaluate(
+                engine, lambda: _gathered_head(engine.module.student), lambda sums: all_reduce(sums, device)
+            )
+        finally:
+            engine.train()
+
+    return evaluate
+
+
+def evaluate_model(spec: HeldOut, path: str, device: torch.device) -> dict[str, float]:
+    """The metrics of a model folder, in this process."""
+    evaluator = _evaluator(spec, device, rank=0, world_size=1)
+    student = models.load_causal_lm(path, dtype="float32", device=device)
+    return evaluator.evaluate(
+        lambda ids, positions: models.decoder_hidden(student, ids, positions), lambda: _gathered_head(student)
+    )
+
+
+def _evaluator(spec: HeldOut, device: torch.device, rank: int, world_size: int) -> Evaluator:
+    rows = rows_of_rank(PreparedData(spec.prepared_dir).read_eval(spec.max_rows), rank, world_size)
+    return Evaluator(rows, _targets(spec, rows, device), batch_size=spec.batch_size, device=device)
+
+
+def _targets(spec: HeldOut, rows: dict[str, Any], device: torch.device) -> TeacherTargets:
+    """Exact where the engine's model can be loaded here, else what the engine says through its top k."""
+    teacher = spec.teacher
+    module, _ = plugins.options("teacher.engines", teacher.engine, "teacher.engine")
+    if module.Engine.is_local_model:
+        return DenseTargets.compute(
+            rows,
+            model=teacher.model,
+            revision=teacher.revision,
+            dtype=teacher.dtype,
+            device=device,
+            batch_size=spec.batch_size,
+        )
+    engine = teacher.build()
+    try:
+        answers = engine.annotate(rows, Request(top_k=spec.top_k, temperature=1.0))
+    finally:
+        engine.close()
+    return TopKTargets([None if isinstance(answer, RowError) else answer for answer in answers])
+
+
+@contextmanager
+def _gathered_head(student: nn.Module) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+    """lm_head's weight and bias, whole: under ZeRO-3 each rank holds a part between forwards."""
+    head = models.base_causal_lm(student).get_output_embeddings()
+    parameters = [p for p in (head.weight, head.bias) if p is not None]
+    if not hasattr(head.weight, "ds_id"):
+        yield head.weight, head.bias
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(parameters):
+        yield head.weight, head.bias

@@ -1,0 +1,167 @@
+"""What a run leaves for people: the student as a model folder, its held-out metrics, and samples of its text.
+
+Works from a run folder alone, without Ray: the jobs `export` and `evaluate` call it on a finished or running run.
+"""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from ray_kd import checkpoint, cluster, run_folder, summary
+from ray_kd.config import RunConfig, to_yaml
+from ray_kd.data.prepared import PreparedData
+from ray_kd.errors import ConfigError, DataError
+from ray_kd.heldout import HeldOut, evaluate_model
+from ray_kd.teacher.stage import EngineSpec
+from ray_kd.trainer.loop import CHECKPOINTS
+
+logger = logging.getLogger(__name__)
+
+
+def finish(config: RunConfig, run_dir: Path) -> None:
+    """Write final/ and samples.json from the last checkpoint, unless an earlier attempt did."""
+    final = run_dir / run_folder.FINAL
+    if not (final / "config.json").exists():
+        export(config, final)
+    path = run_dir / run_folder.SAMPLES
+    if config.eval.prompts and not path.exists():
+        run_folder.write_json(path, {"samples": sample(config, str(final))})
+
+
+def export(config: RunConfig, out_dir: Path, *, step: int | None = None, dtype: str | None = None) -> int:
+    """Write the student of a checkpoint of this run as a Hugging Face folder; returns its step.
+
+    step: None for the newest verified checkpoint. dtype: None for the type it was trained in.
+    Raises ConfigError when there is no such checkpoint or out_dir exists. Host memory: one shard of 4 GB.
+    """
+    from transformers import AutoConfig
+
+    from ray_kd import models
+    from ray_kd.export import write_final
+    from ray_kd.trainer.fragments import read_parameters
+
+    if out_dir.exists():
+        raise ConfigError(f"'{out_dir}' exists already: name a new folder")
+    run_dir = run_folder.run_dir(config)
+    folder = _checkpoint(run_dir, step)
+    document = checkpoint.read_state(folder)
+    student_path = document["state"]["student_path"]
+    write_final(
+        out_dir,
+        read_parameters(folder, prefix="student."),
+        config=AutoConfig.from_pretrained(models.local_folder(student_path), trust_remote_code=False),
+        tokenizer_path=student_path,
+        dtype=dtype or config.student.dtype,
+        card=_card(config, run_dir),
+    )
+    return int(document["step"])
+
+
+def evaluate(config: RunConfig, *, model: str | None = None, max_rows: int | None = None) -> dict[str, float]:
+    """Metrics of a run's final/ (or of another model folder) on the run's held-out rows, in this process.
+
+    Raises ConfigError when there is no such model, DataError when the run has no held-out rows.
+    """
+    import torch
+
+    run_dir = run_folder.run_dir(config)
+    fingerprint = run_folder.content_of(run_dir)["prepared data"]
+    prepared = PreparedData(run_folder.prepared_dir(config) / fingerprint[:16])
+    if prepared.manifest.eval_rows == 0:
+        raise DataError(f"run '{run_dir}' has no held-out rows: set data.eval_source or data.eval_fraction")
+    threads, on_gpu = cluster.physical_cores(), torch.cuda.is_available()
+    torch.set_num_threads(threads)
+    spec = held_out(config, prepared.folder, threads, on_gpu=on_gpu, max_rows=max_rows)
+    return evaluate_model(spec, model or _final(run_dir), torch.device("cuda" if on_gpu else "cpu"))
+
+
+def sample(config: RunConfig, final: str) -> list[dict[str, str]]:
+    """What the student answers to `eval.prompts`, as it began and as it is: prompt, before, after. Greedy."""
+    import torch
+
+    from ray_kd import models
+    from ray_kd.eval import generate_samples
+
+    torch.set_num_threads(cluster.physical_cores())
+    document = checkpoint.read_state(_checkpoint(run_folder.run_dir(config), step=None))
+    answers = []
+    for path in (document["state"]["student_path"], final):
+        model = models.load_causal_lm(path, dtype="float32")
+        tokenizer = models.load_tokenizer(path)
+        answers.append(generate_samples(model, tokenizer, config.eval.prompts, config.eval.max_new_tokens))
+    return [
+        {"prompt": prompt, "before": before, "after": after}
+        for prompt, before, after in zip(config.eval.prompts, *answers, strict=True)
+    ]
+
+
+def held_out(
+    config: RunConfig, prepared_dir: Path, threads: int, *, on_gpu: bool, max_rows: int | None = None
+) -> HeldOut:
+    """The evaluation of a config; max_rows replaces the configured number."""
+    teacher = EngineSpec.of(config.teacher, threads)
+    return HeldOut(
+        prepared_dir=str(prepared_dir),
+        max_rows=config.eval.max_rows if max_rows is None else max_rows,
+        batch_size=config.eval.batch_size,
+        teacher=teacher.on(on_gpu),
+        top_k=config.teacher.top_k,
+    )
+
+
+def describe_samples(run_dir: Path) -> str:
+    """samples.json for a person to read; empty when the run has none."""
+    path = run_dir / run_folder.SAMPLES
+    samples: list[dict[str, Any]] = json.loads(path.read_text())["samples"] if path.exists() else []
+    return "\n".join(
+        f"\nprompt:  {s['prompt']}\nbefore:  {_one_line(s['before'])}\nafter:   {_one_line(s['after'])}"
+        for s in samples
+    )
+
+
+def _checkpoint(run_dir: Path, step: int | None) -> Path:
+    root = run_dir / CHECKPOINTS
+    if step is None:
+        newest = checkpoint.newest_verified(root)
+        if newest is None:
+            raise ConfigError(f"run '{run_dir}' has no checkpoint yet")
+        return newest
+    steps = {checkpoint.read_state(folder)["step"]: folder for folder in checkpoint.folders(root)}
+    if step not in steps:
+        raise ConfigError(f"run '{run_dir}' has no checkpoint of step {step}: it has {sorted(steps) or 'none'}")
+    checkpoint.verify(steps[step])
+    return steps[step]
+
+
+def _final(run_dir: Path) -> str:
+    final = run_dir / run_folder.FINAL
+    if not (final / "config.json").exists():
+        raise ConfigError(f"run '{run_dir}' has no final/ yet: finish it, or name a model with --model")
+    return str(final)
+
+
+def _card(config: RunConfig, run_dir: Path) -> str:
+    from ray_kd import models
+    from ray_kd.export import model_card
+
+    content = run_folder.content_of(run_dir)
+    init = config.student.init
+    return model_card(
+        teacher=config.teacher.model,
+        teacher_identity=content["teacher weights"],
+        student_init=f"{init.layers} layers of the teacher by {init.select}"
+        if init
+        else f"{config.student.model} ({content['student weights']})",
+        data_identity=f"prepared data {content['prepared data']}",
+        licences={
+            "teacher": models.licence_of(config.teacher.model, config.teacher.revision),
+            "data": config.data.license or "unknown",
+        },
+        config_yaml=to_yaml(config),
+        metrics=summary.evaluation(run_dir),
+    )
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
