@@ -1,0 +1,161 @@
+"""Every engine on disk answers rows as `teacher/engine.py` says. What an engine needs to be built is in `CASES`."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ray_kd import models, plugins, schema
+from ray_kd.payloads.topk_logprobs import TopKLogprobs
+from ray_kd.teacher.engine import TOPK_LOGPROBS, Request, RowError, check_request
+from tests.tiny import VOCAB_SIZE, tiny_llama
+
+T, ROWS = 20, 5
+CASES: dict[str, dict[str, Any]] = {"hf": {}, "fake": {"vocab_size": VOCAB_SIZE, "nan_row_ids": [107]}}
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_llama(tmp_path_factory.mktemp("teacher"))
+
+
+@pytest.fixture(scope="module")
+def rows() -> dict[str, np.ndarray]:
+    """Two documents of 8 and 7 tokens and padding; different prompts, so that rows have different lengths."""
+    rng = np.random.default_rng(0)
+    ids = rng.integers(3, VOCAB_SIZE, (ROWS, T)).astype(np.int32)
+    positions = np.tile(np.concatenate([np.arange(8), np.arange(7), np.arange(5)]), (ROWS, 1)).astype(np.int32)
+    labels = ids.copy()
+    for row in range(ROWS):
+        labels[row, : row + 1] = schema.IGNORED_LABEL
+    labels[:, 15:] = schema.IGNORED_LABEL
+    labels[3] = schema.IGNORED_LABEL
+    ids[:, 15:] = 2
+    row_ids = np.arange(100, 100 + ROWS)
+    return {"row_id": row_ids, "input_ids": ids, "labels": labels, "position_ids": positions}
+
+
+def build(kind: str, model_path: Path, batch_size: int = 2, **options: Any) -> Any:
+    module, config = plugins.options("teacher.engines", {"kind": kind, **CASES[kind], **options}, "teacher.engine")
+    return module.Engine(
+        config, model=str(model_path), revision=None, dtype="float32", device="cpu", batch_size=batch_size
+    )
+
+
+def full_logprobs(kind: str, engine: Any, model_path: Path, ids: np.ndarray, temperature: float) -> np.ndarray:
+    """[t, V] after each token of one document run alone: what the engine's answers are measured against."""
+    if kind == "fake":
+        return engine.logprobs(ids, temperature)
+    model = models.load_causal_lm(str(model_path))
+    with torch.no_grad():
+        logits = model(torch.from_numpy(ids).long()[None], use_cache=False).logits[0]
+    return (logits.double() / temperature).log_softmax(-1).numpy()
+
+
+def expected_rows(kind: str, engine: Any, model_path: Path, rows: dict, temperature: float) -> list[np.ndarray]:
+    """[M, V] per row, by walking the documents: the distribution after token t for each labelled token t + 1."""
+    expected = []
+    for ids, labels in zip(rows["input_ids"], rows["labels"], strict=True):
+        chosen = [np.zeros((0, VOCAB_SIZE))]
+        for start, end in ((0, 8), (8, 15)):
+            document = full_logprobs(kind, engine, model_path, ids[start:end], temperature)
+            chosen.append(document[[t - start for t in range(start, end - 1) if labels[t + 1] != -100]])
+        expected.append(np.concatenate(chosen))
+    return expected
+
+
+def test_every_engine_on_disk_is_covered() -> None:
+    needs_more = {"vllm", "http"}  # a server or a virtual environment of its own
+    assert set(plugins.available("teacher.engines")) - needs_more == set(CASES)
+
+
+@pytest.mark.parametrize("kind", CASES)
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_answers_are_aligned_in_order_and_full_vocabulary(kind, model_path, rows, temperature: float) -> None:
+    engine = build(kind, model_path)
+    answers = engine.annotate(rows, Request(top_k=8, temperature=temperature))
+    expected = expected_rows(kind, engine, model_path, rows, temperature)
+    num_targets = schema.target_positions(rows["labels"], rows["position_ids"]).sum(axis=1)
+    assert len(set(num_targets.tolist())) > 2
+    for answer, full, count in zip(answers, expected, num_targets, strict=True):
+        assert isinstance(answer, TopKLogprobs)
+        assert answer.ids.shape == answer.logprobs.shape == (count, 8)
+        assert answer.logprobs.dtype == np.float32
+        assert (answer.temperature, answer.vocab_size) == (temperature, VOCAB_SIZE)
+        np.testing.assert_array_equal(answer.ids[:, 0], full.argmax(axis=-1))
+        np.testing.assert_allclose(answer.logprobs, np.take_along_axis(full, answer.ids, -1), atol=1e-4)
+        np.testing.assert_allclose(answer.logprobs, -np.sort(-full, axis=-1)[:, :8], atol=1e-4)
+        decoded = TopKLogprobs.decode(answer.encode())
+        np.testing.assert_array_equal(decoded.ids, answer.ids)
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_the_whole_vocabulary_can_be_asked_for(kind, model_path, rows) -> None:
+    engine = build(kind, model_path)
+    answer = engine.annotate({name: column[:1] for name, column in rows.items()}, Request(top_k=VOCAB_SIZE))[0]
+    full = expected_rows(kind, engine, model_path, rows, 1.0)[0]
+    dense = np.zeros_like(full)
+    np.put_along_axis(dense, answer.ids.astype(np.int64), answer.logprobs.astype(np.float64), axis=-1)
+    np.testing.assert_allclose(dense, full, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_batch_size_changes_no_answer(kind, model_path, rows) -> None:
+    request = Request(top_k=4)
+    one, all_at_once = (build(kind, model_path, batch_size=size).annotate(rows, request) for size in (1, 16))
+    for a, b in zip(one, all_at_once, strict=True):
+        np.testing.assert_array_equal(a.ids, b.ids)
+        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_requests_that_cannot_be_served_are_refused(kind, model_path, rows) -> None:
+    engine = build(kind, model_path)
+    assert TOPK_LOGPROBS in engine.provides
+    for request, message in (
+        (Request(kind="attention"), "provides topk_logprobs, not 'attention'"),
+        (Request(top_k=VOCAB_SIZE + 1), "allowed: 1 to the vocabulary size 259"),
+        (Request(top_k=0), "allowed: 1 to"),
+        (Request(temperature=0.0), "allowed: above 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            engine.annotate(rows, request)
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_no_rows_and_closing_twice_are_harmless(kind, model_path, rows) -> None:
+    engine = build(kind, model_path)
+    assert engine.annotate({name: column[:0] for name, column in rows.items()}, Request(top_k=4)) == []
+    engine.close()
+    engine.close()
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_a_broken_row_is_reported_alone(kind, model_path, rows) -> None:
+    engine = build(kind, model_path, batch_size=8)
+    broken = dict(rows)
+    if kind == "fake":
+        broken["row_id"] = np.array([100, 107, 102, 103, 104])
+    else:
+        # A token whose embedding is not finite, in row 1 only. The head is untied first: it must stay finite.
+        head = engine._model.lm_head
+        head.weight = torch.nn.Parameter(head.weight.detach().clone())
+        engine._head = models.Head.of(engine._model)
+        broken["input_ids"] = np.where(rows["input_ids"] == 200, 201, rows["input_ids"]).astype(np.int32)
+        broken["input_ids"][1, 4] = 200
+        engine._model.model.embed_tokens.weight.data[200] = torch.nan
+    answers = engine.annotate(broken, Request(top_k=4))
+    assert [isinstance(answer, RowError) for answer in answers] == [False, True, False, False, False]
+    assert "not finite" in answers[1].reason
+
+
+def test_fake_can_fail_and_be_slow(model_path, rows) -> None:
+    with pytest.raises(RuntimeError, match="told to fail at row 102"):
+        build("fake", model_path, fail_row_ids=[102]).annotate(rows, Request(top_k=4))
+    assert len(build("fake", model_path, delay_s=0.001).annotate(rows, Request(top_k=4))) == ROWS
+
+
+def test_check_request_accepts_the_edges() -> None:
+    check_request(Request(top_k=VOCAB_SIZE, temperature=0.1), frozenset({TOPK_LOGPROBS}), VOCAB_SIZE)
