@@ -1,0 +1,78 @@
+"""The driver while Ray Train runs: the first signal asks, the second leaves, errors keep their exit code."""
+
+import os
+import signal
+import threading
+import time
+
+import pytest
+
+from ray_kd import launch
+from ray_kd.errors import ConfigError, RetryableError
+
+
+def run(target, **more):
+    launch.fit(target, on_poll=more.get("on_poll", lambda: None), request_stop=more.get("request_stop", lambda: None))
+
+
+def test_the_first_signal_asks_the_workers_to_stop():
+    stop = threading.Event()
+    timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM))
+    timer.start()
+    run(lambda: stop.wait(10), request_stop=stop.set)
+    assert stop.is_set()
+
+
+def test_the_second_signal_leaves_at_once():
+    release = threading.Event()
+    for delay in (0.3, 0.8):
+        threading.Timer(delay, os.kill, (os.getpid(), signal.SIGINT)).start()
+    start = time.monotonic()
+    with pytest.raises(RetryableError, match="second SIGINT"):
+        run(lambda: release.wait(10))
+    release.set()
+    assert time.monotonic() - start < 5
+
+
+def test_handlers_are_put_back():
+    before = signal.getsignal(signal.SIGTERM)
+    run(lambda: None)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_outside_of_training_a_signal_is_retryable():
+    with pytest.raises(RetryableError, match="SIGTERM"), launch.interruptible():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+
+def test_an_error_of_ours_in_a_worker_keeps_its_class():
+    from ray.train import WorkerGroupError
+
+    def fails():
+        raise WorkerGroupError("details", {0: ConfigError("dtype 'x' is unknown")})
+
+    with pytest.raises(ConfigError, match="dtype 'x'"):
+        run(fails)
+
+
+def test_a_lost_worker_is_retryable_and_a_bug_is_not():
+    from ray.exceptions import RayActorError
+    from ray.train import WorkerGroupError
+
+    def lost():
+        raise WorkerGroupError("details", {1: RayActorError()})
+
+    def bug():
+        raise WorkerGroupError("details", {0: KeyError("oops")})
+
+    with pytest.raises(RetryableError, match="a worker was lost"):
+        run(lost)
+    with pytest.raises(RuntimeError, match="KeyError: 'oops'"):
+        run(bug)
+
+
+def test_progress_is_polled():
+    polls = []
+    run(lambda: time.sleep(0.6), on_poll=lambda: polls.append(1))
+    assert len(polls) >= 2

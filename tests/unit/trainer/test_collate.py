@@ -1,0 +1,89 @@
+"""From rows of the stream to a micro-batch: targets, labels and payloads line up, weightless rows count for nothing."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from ray_kd import schema
+from ray_kd.payloads.topk_logprobs import TopKLogprobs
+from ray_kd.trainer.collate import collate
+from tests.fake_prepared import random_rows
+
+VOCAB, TOP_K = 50, 4
+
+
+def table(weights, columns, payloads):
+    length = columns[schema.INPUT_IDS].shape[1]
+    lists = {
+        name: pa.FixedSizeListArray.from_arrays(pa.array(columns[name].reshape(-1)), length)
+        for name in (schema.INPUT_IDS, schema.LABELS, schema.POSITION_IDS)
+    }
+    count = len(weights)
+    return pa.table(
+        {
+            schema.ROW_ID: pa.array(np.arange(count) + 100),
+            **lists,
+            schema.SLOT: pa.array(np.arange(count)),
+            schema.WEIGHT: pa.array(np.array(weights, np.float32)),
+            schema.TEACHER_PAYLOAD: pa.array(payloads, type=pa.binary()),
+            schema.TEACHER_BUSY_S: pa.array(np.full(count, 0.5, np.float32)),
+            schema.TEACHER_ERROR: pa.array(["" if w else "refused" for w in weights]),
+        }
+    )
+
+
+def payload(num_targets, seed):
+    rng = np.random.default_rng(seed)
+    ids = np.stack([rng.choice(VOCAB, TOP_K, replace=False) for _ in range(num_targets)]).astype(np.int32)
+    logprobs = np.full((num_targets, TOP_K), -2.0, np.float32)
+    return TopKLogprobs(ids, logprobs, 1.0, VOCAB)
+
+
+@pytest.fixture
+def rows():
+    return random_rows(3, 20, VOCAB)
+
+
+def counts(rows):
+    return schema.target_positions(rows[schema.LABELS], rows[schema.POSITION_IDS]).sum(axis=1)
+
+
+def test_targets_labels_and_payloads_line_up(rows):
+    answers = [payload(n, seed) for seed, n in enumerate(counts(rows))]
+    batch = collate(table([1, 1, 1], rows, [a.encode() for a in answers]), TOP_K)
+    assert len(batch.targets) == len(batch.labels) == len(batch.teacher_ids) == counts(rows).sum()
+    np.testing.assert_array_equal(batch.teacher_ids.numpy(), np.concatenate([a.ids for a in answers]))
+    flat = rows[schema.INPUT_IDS].reshape(-1)
+    np.testing.assert_array_equal(batch.labels.numpy(), flat[batch.targets.numpy() + 1])
+    positions = rows[schema.POSITION_IDS].reshape(-1)
+    assert (positions[batch.targets.numpy() + 1] == positions[batch.targets.numpy()] + 1).all()
+    assert batch.teacher_busy_s == pytest.approx(1.5)
+
+
+def test_rows_without_weight_have_no_targets(rows):
+    answers = [payload(n, seed) for seed, n in enumerate(counts(rows))]
+    encoded = [answers[0].encode(), b"", answers[2].encode()]
+    batch = collate(table([1, 0, 1], rows, encoded), TOP_K)
+    assert len(batch.targets) == counts(rows)[0] + counts(rows)[2]
+    assert batch.errors == ["", "refused", ""]
+    assert batch.input_ids.shape == (3, 20)
+
+
+def test_a_batch_of_dummies_is_empty_but_has_its_shape(rows):
+    batch = collate(table([0, 0, 0], rows, [b"", b"", b""]), TOP_K)
+    assert batch.teacher_ids.shape == (0, TOP_K)
+    assert batch.num_tokens == 0
+    assert batch.payload_nbytes == 0
+
+
+def test_padding_is_not_counted(rows):
+    answers = [payload(n, seed) for seed, n in enumerate(counts(rows))]
+    batch = collate(table([1, 1, 1], rows, [a.encode() for a in answers]), TOP_K)
+    last_start = int(np.flatnonzero(rows[schema.POSITION_IDS][1] == 0)[-1])  # row 1 ends in padding
+    assert batch.num_tokens == 20 + last_start + 20
+
+
+def test_a_payload_of_the_wrong_length_is_an_alarm(rows):
+    wrong = [payload(n + 1, seed).encode() for seed, n in enumerate(counts(rows))]
+    with pytest.raises(AssertionError, match="alignment"):
+        collate(table([1, 1, 1], rows, wrong), TOP_K)
