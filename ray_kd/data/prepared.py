@@ -1,6 +1,6 @@
 """Reading prepared data: rows by index from Parquet, in the order asked.
 
-In: a folder written by `prepare`. Out: Arrow tables or numpy arrays of the columns of `schema.py`.
+In: a folder written by `prepare`. Out: Arrow tables (`schema.to_numpy` makes arrays of them).
 Costs: a row is read with its row group (ROWS_PER_GROUP rows, 12 bytes a token); the last few groups stay in memory,
 so contiguous or window-shuffled reads touch each group about once.
 """
@@ -91,10 +91,15 @@ class PreparedData:
         return pa.concat_tables(pieces).take(pa.array(np.argsort(by_group)))
 
     def read_eval(self, max_rows: int = 0) -> dict[str, NDArray[np.integer]]:
-        """The first max_rows eval rows (0: all) as `to_numpy` gives them. They are shuffled: any prefix is a sample."""
+        """The first max_rows eval rows (0: all) as arrays: int32 [n, T], numbers [n]; n = 0 without eval data.
+
+        They are shuffled, so any prefix is a random sample.
+        """
         num_rows = self.manifest.eval_rows
+        if not num_rows:
+            return {name: values[:0] for name, values in schema.to_numpy(self.read_rows(np.zeros(1, int))).items()}
         wanted = min(max_rows, num_rows) if max_rows else num_rows
-        return to_numpy(self.read_rows(np.arange(wanted), split="eval"))
+        return schema.to_numpy(self.read_rows(np.arange(wanted), split="eval"))
 
     def verify(self) -> None:
         """Read every file and compare its sha256 with the manifest. Raises DataError naming the file."""
@@ -114,19 +119,6 @@ class PreparedData:
             return opened.read_row_group(index)
 
         return _remember(self._groups, (name, index), read)
-
-
-def to_numpy(table: pa.Table) -> dict[str, NDArray[np.integer]]:
-    """Columns of a prepared table as arrays: int32 [n, T] for the lists, [n] for the numbers."""
-    arrays = {}
-    for name in table.column_names:
-        column = table.column(name).combine_chunks()
-        if pa.types.is_fixed_size_list(column.type):
-            values = column.flatten().to_numpy(zero_copy_only=False)
-            arrays[name] = values.reshape(len(column), column.type.list_size)
-        else:
-            arrays[name] = column.to_numpy(zero_copy_only=False)
-    return arrays
 
 
 def sha256_of(path: Path) -> str:

@@ -1,0 +1,230 @@
+"""One shard: records -> segments -> tokens -> packed rows in a file of its own. What a preparation task runs.
+
+Knows no Ray. A shard's rows depend on the shard alone, so they are the same on any number of CPUs.
+Costs: the shard's texts and tokens in memory; 12 bytes a token on disk until the rows are shuffled.
+"""
+
+import functools
+import hashlib
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ray_kd import plugins
+from ray_kd.data import tokenizer as tokenizing
+from ray_kd.data.packing import cut, has_target, pack
+from ray_kd.data.records import BadRecord, Document, Record, Segment, excerpt
+from ray_kd.errors import RayKDError
+
+SIDES = ("train", "eval")
+
+BATCH_RECORDS = 256
+"""Records tokenised in one call: bounds the memory of the offsets."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the tasks of one preparation share; small and picklable."""
+
+    source: dict[str, Any]
+    """{kind, ...}, with absolute paths."""
+    eval_source: dict[str, Any] | None
+    format: dict[str, Any]
+    tokenizer_path: str
+    revision: str | None
+    sequence_length: int
+    seed: int
+    eval_fraction: float
+
+
+@dataclass
+class _Side:
+    """The documents of a shard that are trained on, or held out."""
+
+    documents: list[Document] = field(default_factory=list)
+    hashes: list[int] = field(default_factory=list)
+    sketches: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class ShardResult:
+    """Counts of one shard; rows, tokens and documents under "train" and "eval", what is of both beside them."""
+
+    counts: dict[str, int]
+    hashes: dict[str, NDArray[np.uint64]]
+    """By side, [documents]: `text_hash` of each document."""
+    sketches: dict[str, NDArray[np.uint64]]
+    """By side, [documents]: `sketch` of each document."""
+
+
+def prepare_shard(index: int, is_eval: bool, shard: dict[str, Any], task: Task, folder: str) -> ShardResult:
+    """Write the shard's packed rows and its quarantined records as parts in `folder`. Done again, it replaces them.
+
+    index: the shard's number over source and eval_source; is_eval: it is one of eval_source;
+    folder: on a disk that every node sees.
+    """
+    # Shards are the parallelism; threads of the tokenizer on top of it would fight over the cores.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    tokenizer = tokenizing.load_tokenizer(task.tokenizer_path, task.revision)
+    source = _build("data.sources", "Source", json.dumps(task.eval_source if is_eval else task.source))
+    form = _build("data.formats", "Format", json.dumps(task.format))
+    sides = {name: _Side() for name in SIDES}
+    bad: list[BadRecord] = []
+    counts: Counter[str] = Counter()
+    records = source.read(shard)
+    while batch := list(islice(records, BATCH_RECORDS)):
+        counts["records_read"] += len(batch)
+        for usable in _usable(batch, form, tokenizer):
+            if isinstance(usable, BadRecord):
+                bad.append(usable)
+                continue
+            document, text = usable
+            text_hash = hash_text(text)
+            held_out = is_eval or is_held_out(text_hash, task.seed, task.eval_fraction)
+            side = sides["eval" if held_out else "train"]
+            side.documents.append(document)
+            side.hashes.append(text_hash)
+            side.sketches.append(sketch(document))
+    for name, side in sides.items():
+        _write_rows(part_path(folder, name, index), name, side, task, tokenizing.pad_id(tokenizer), counts)
+    _write_bad(bad_path(folder, index), bad)
+    counts["quarantined"] = len(bad)
+    return ShardResult(
+        dict(counts),
+        {name: np.array(side.hashes, dtype=np.uint64) for name, side in sides.items()},
+        {name: np.array(side.sketches, dtype=np.uint64) for name, side in sides.items()},
+    )
+
+
+def parts_folder(folder: str | Path) -> Path:
+    """Where the parts of the shards stand until the files are written."""
+    return Path(folder, "parts")
+
+
+def part_path(folder: str | Path, side: str, index: int) -> Path:
+    """The packed rows of one shard: int32 [rows, 3 T + 1], input_ids | labels | position_ids | num_target_bytes."""
+    return parts_folder(folder) / f"{side}-{index:06d}.int32"
+
+
+def bad_path(folder: str | Path, index: int) -> Path:
+    """The quarantined records of one shard, a JSON object a line."""
+    return parts_folder(folder) / f"bad-{index:06d}.jsonl"
+
+
+def is_held_out(text_hash: int, seed: int, fraction: float) -> bool:
+    """Whether a document belongs to the eval side: by its hash, so that all its copies do."""
+    if not fraction:
+        return False
+    digest = hashlib.blake2b(f"{seed}:{text_hash}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") < fraction * 2**64
+
+
+def hash_text(text: str) -> int:
+    """64 bits of a document's text; case, punctuation and spacing do not count unless there is nothing else."""
+    words = " ".join(re.findall(r"\w+", text.casefold())) or text
+    return int.from_bytes(hashlib.blake2b(words.encode(), digest_size=8).digest(), "little")
+
+
+_WINDOW = 8
+_ROLL = np.uint64(0x9E3779B97F4A7C15)
+_SALTS = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
+
+
+def sketch(document: Document) -> int:
+    """64 bits that two documents share with probability J^2, J the overlap (Jaccard) of their trained 8-token windows.
+
+    Two min-hashes. Answers shorter than two windows say too little, so the whole document has to be the same.
+    https://en.wikipedia.org/wiki/MinHash
+    """
+    ids = document.input_ids[document.is_trained].astype(np.uint64)
+    if len(ids) < 2 * _WINDOW:
+        return int.from_bytes(hashlib.blake2b(document.input_ids.tobytes(), digest_size=8).digest(), "little")
+    windows = np.zeros(len(ids) - _WINDOW + 1, dtype=np.uint64)
+    for offset in range(_WINDOW):  # arithmetic modulo 2^64
+        windows = windows * _ROLL + mix(ids[offset : offset + len(windows)])
+    lowest = [mix(windows ^ salt).min() for salt in _SALTS]
+    return int(lowest[0] ^ (lowest[1] >> np.uint64(1)))
+
+
+def mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """A bijection of 64 bits that looks random (the finaliser of splitmix64, https://prng.di.unimi.it/splitmix64.c)."""
+    values = values + _ROLL
+    values = (values ^ (values >> np.uint64(30))) * _SALTS[0]
+    values = (values ^ (values >> np.uint64(27))) * _SALTS[1]
+    return values ^ (values >> np.uint64(31))
+
+
+def _usable(
+    batch: Sequence[Record | BadRecord], form: Any, tokenizer: Any
+) -> Iterator[tuple[Document, str] | BadRecord]:
+    """Per record, in order, its document and text, or why it is quarantined."""
+    segmented = [record if isinstance(record, BadRecord) else _segment(record, form, tokenizer) for record in batch]
+    encoded = iter(tokenizing.encode([item for item in segmented if not isinstance(item, BadRecord)], tokenizer))
+    for record, item in zip(batch, segmented, strict=True):
+        if isinstance(item, BadRecord):
+            yield item
+            continue
+        assert isinstance(record, Record)
+        document = next(encoded)
+        if has_target(document):
+            yield document, "".join(segment.text for segment in item)
+        else:
+            yield _refuse(record, "nothing to train on: no token is a target")
+
+
+def _segment(record: Record, form: Any, tokenizer: Any) -> list[Segment] | BadRecord:
+    try:
+        segments = list(form.segments(record.data, tokenizer))
+        tokenizing.check_unicode(segments)
+    except RayKDError:
+        raise  # a ConfigError is a ValueError too, but it is not about this record
+    except ValueError as error:
+        return _refuse(record, str(error))
+    return segments
+
+
+def _refuse(record: Record, reason: str) -> BadRecord:
+    shown = json.dumps(record.data, ensure_ascii=False, default=str)
+    return BadRecord(record.file, record.line, excerpt(reason), excerpt(shown))
+
+
+def _write_rows(path: Path, name: str, side: _Side, task: Task, pad_id: int, counts: Counter[str]) -> None:
+    pieces = cut(side.documents, task.sequence_length)
+    rows = pack(pieces.pieces, task.sequence_length, pad_id)
+    counts[f"{name}_documents"] = len(side.documents)
+    counts[f"{name}_rows"] = len(rows.input_ids)
+    counts[f"{name}_tokens"] = sum(len(piece.input_ids) for piece in pieces.pieces)
+    counts["split_documents"] += pieces.split_documents
+    counts["repeated_tokens"] += pieces.repeated_tokens
+    counts["dropped_tokens"] += pieces.dropped_tokens
+    columns = [rows.input_ids, rows.labels, rows.position_ids, rows.num_target_bytes[:, None]]
+    _replace(path, [np.concatenate(columns, axis=1).tobytes()])
+
+
+def _write_bad(path: Path, bad: Iterable[BadRecord]) -> None:
+    # Lone surrogates of a bad record are kept readable: ASCII escapes what UTF-8 cannot hold.
+    _replace(path, ((json.dumps(asdict(record)) + "\n").encode() for record in bad))
+
+
+def _replace(path: Path, chunks: Iterable[bytes]) -> None:
+    # A task that Ray runs twice may write twice at once: each to a name of its own, then in place at a stroke.
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    with partial.open("wb") as file:
+        file.writelines(chunks)
+    os.replace(partial, path)
+
+
+@functools.lru_cache(maxsize=8)
+def _build(group: str, name: str, described: str) -> Any:
+    """The Source or Format of a JSON {kind, ...}, once per process."""
+    module, options = plugins.options(group, json.loads(described), key=group)
+    return getattr(module, name)(options)

@@ -1,0 +1,78 @@
+"""A folder that appears complete or not at all: written under a temporary name, renamed when it is whole.
+
+Several drivers may prepare the same data at once: each writes its own temporary folder, the first to finish wins and
+the others use what it made. A temporary folder whose driver is gone is removed. Needs a file system with atomic
+rename of folders and flock: a local disk, NFS 4 or the like, seen by every node that prepares.
+"""
+
+import fcntl
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from ray_kd.errors import ConfigError
+
+_PREFIX = ".preparing-"
+
+
+@contextmanager
+def staging(parent: Path) -> Iterator[Path]:
+    """An empty temporary folder in `parent`, locked while the block runs and removed with whatever is left in it."""
+    folder = parent / f"{_PREFIX}{uuid.uuid4().hex[:12]}"
+    lock_path = folder.with_suffix(".lock")
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        lock = _locked(lock_path)
+    except OSError as error:
+        raise ConfigError(f"data.prepared_dir '{parent}' cannot be written: {error.strerror}") from error
+    with lock:
+        folder.mkdir()
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+            lock_path.unlink(missing_ok=True)
+
+
+def commit(folder: Path, final: Path, is_whole: Callable[[Path], bool]) -> None:
+    """Rename a staged folder to its final name, unless another driver has put a whole one there meanwhile.
+
+    What stands there and is not whole (a disk that lost data) is removed first.
+    """
+    if final.exists() and not is_whole(final):
+        broken = folder.with_name(f"{folder.name}.broken")
+        os.rename(final, broken)
+        shutil.rmtree(broken)
+    try:
+        os.rename(folder, final)
+    except OSError:
+        if not is_whole(final):
+            raise
+
+
+def sweep(parent: Path) -> list[str]:
+    """Remove temporary folders whose driver is gone; returns their names."""
+    removed = []
+    for lock_path in parent.glob(f"{_PREFIX}*.lock"):
+        with lock_path.open("a") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue  # its driver is alive
+            shutil.rmtree(lock_path.with_suffix(""), ignore_errors=True)
+            lock_path.unlink(missing_ok=True)
+            removed.append(lock_path.stem)
+    return removed
+
+
+def _locked(path: Path) -> IO[str]:
+    while True:
+        lock = path.open("a")
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if os.fstat(lock.fileno()).st_nlink:
+            return lock
+        lock.close()  # a sweep saw the file before it was locked, and removed it
