@@ -151,11 +151,10 @@ def load_fragments(engine: Any, module: nn.Module, folder: Path) -> None:
     optimizer = inner_optimizer(engine)
     for flat in _flats(engine):
         # torch makes this state in the first step; made here, it must look the same (fused: step is an fp32 tensor).
-        optimizer.state[flat] = {
-            "step": torch.tensor(float(record["optimizer_step"]), dtype=torch.float32, device=flat.device),
-            "exp_avg": torch.zeros_like(flat, requires_grad=False),
-            "exp_avg_sq": torch.zeros_like(flat, requires_grad=False),
-        }
+        state = optimizer.state[flat]
+        if not state:
+            state.update({kind: torch.zeros_like(flat, requires_grad=False) for kind in KINDS[1:]})
+        state["step"] = torch.tensor(float(record["optimizer_step"]), dtype=torch.float32, device=flat.device)
     with ExitStack() as stack, torch.no_grad():
         source = _Source(folder, records, stack)
         for fragment in iter_fragments(engine, module.named_parameters()):
@@ -268,9 +267,6 @@ def _refresh_working_weights(engine: Any) -> None:
         if optimizer.persistent_parameters:
             optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
     elif stage in (1, 2):
-        # DeepSpeed links moments to parameters once; these are new tensors.
-        optimizer._hp_optimizer_states_linked = False
-        optimizer._lazy_init_hp_params_optimizer_state()
         optimizer.update_lp_params()
     elif optimizer is not inner_optimizer(engine):
         for working, master in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):

@@ -23,7 +23,7 @@ from ray_kd.trainer import zero
 ROOT = Path(__file__).parents[2]
 STAGES = (0, 1, 2, 3)
 WORLDS = (1, 2)
-DEADLINE_S = 120
+DEADLINE_S = 240
 
 
 class Group:
