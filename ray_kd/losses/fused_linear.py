@@ -119,11 +119,12 @@ class _Plan:
         dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         num_rows, vocab_size = targets.labels.shape[0], weight.shape[0]
         grad_hidden = hidden.new_zeros(hidden.shape) if needs[0] else None
+        is_sparse = objective.ignores_rest and objective.ce_weight == 0 and targets.teacher_ids.shape[1] < vocab_size
+        new_weight_grad = weight.new_zeros if is_sparse or num_rows == 0 else weight.new_empty
         gradients = HeadGradients(
-            weight=weight.new_zeros(weight.shape) if needs[1] else None,
+            weight=new_weight_grad(weight.shape) if needs[1] else None,
             bias=weight.new_zeros(vocab_size, dtype=dtype) if needs[2] else None,
         )
-        is_sparse = objective.ignores_rest and objective.ce_weight == 0 and targets.teacher_ids.shape[1] < vocab_size
         head = (SparseHead if is_sparse else DenseHead)(weight, bias, objective, self.scale, dtype)
         chunk_size = min(self.chunk_size, MAX_ROWS) if is_sparse else self.chunk_size
 
