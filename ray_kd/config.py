@@ -212,8 +212,9 @@ class RunConfig:
 
 
 def load(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a YAML file, apply `key=value` overrides and return the typed config.
+    """Read a YAML file, apply `key=value` overrides and return the typed config, its paths absolute.
 
+    Relative paths are against the current directory: the processes of a run each have a directory of their own.
     Raises ConfigError (one line) for a missing or malformed file, an unknown key (with the nearest one),
     a value of the wrong type and a required key that is missing.
     """
@@ -236,7 +237,25 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
     except OmegaConfBaseException as error:
         raise ConfigError(str(error).splitlines()[0]) from error
     assert isinstance(config, RunConfig)
+    _make_absolute(config)
     return config
+
+
+def _make_absolute(config: RunConfig) -> None:
+    config.run.dir = _absolute(config.run.dir)
+    if config.data.prepared_dir is not None:
+        config.data.prepared_dir = _absolute(config.data.prepared_dir)
+    for source in (config.data.source, config.data.eval_source):
+        if isinstance(source, dict) and isinstance(source.get("paths"), list):
+            source["paths"] = [_absolute(path) if isinstance(path, str) else path for path in source["paths"]]
+    for model in (config.teacher, config.student):
+        # A hub id has the form of a relative path: what exists here, or begins like a path, is one.
+        if model.model is not None and (Path(model.model).exists() or model.model.startswith((".", "~"))):
+            model.model = _absolute(model.model)
+
+
+def _absolute(path: str) -> str:
+    return path if "://" in path else str(Path(path).expanduser().absolute())
 
 
 def to_yaml(config: RunConfig) -> str:

@@ -159,12 +159,17 @@ def _build_engine(spec: TrainSpec, rank: int, world: int) -> tuple[Any, "torch.d
 
 def _restore(spec: TrainSpec, engine: Any, rank: int) -> tuple["Ledger", int]:
     """The ledger and the next step, from the newest verified checkpoint: the rule the stream's start follows too."""
+    import torch.distributed as dist
+
     from ray_kd import checkpoint
     from ray_kd.trainer.fragments import load_fragments
     from ray_kd.trainer.ledger import Ledger
     from ray_kd.trainer.rng import load_rng
 
-    folder = checkpoint.newest_verified(Path(spec.run_dir) / CHECKPOINTS)
+    # Rank 0 verifies for all: every byte is hashed once, and ranks cannot disagree.
+    newest = [checkpoint.newest_verified(Path(spec.run_dir) / CHECKPOINTS) if rank == 0 else None]
+    dist.broadcast_object_list(newest, src=0)
+    folder = newest[0]
     if folder is None:
         return Ledger(spec.num_rows, spec.num_planned_rows), 1
     document = checkpoint.read_state(folder)

@@ -137,3 +137,16 @@ def test_a_third_party_file_is_a_kind(tmp_path, monkeypatch):
     (tmp_path / "my_source.py").rename(tmp_path / "my_pkg" / "my_source.py")
     _, options = plugins.options("data.sources", {"kind": "my_pkg.my_source", "x": 3}, "data.source")
     assert options.x == 3
+
+
+def test_relative_paths_become_absolute(minimal, tmp_path, monkeypatch):
+    """Workers of a run do not share the driver's directory."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "teacher").mkdir()
+    loaded = config.load(minimal, ["student.init=null", "student.model=org/student", "data.prepared_dir=~/prepared"])
+    assert loaded.run.dir == str(tmp_path / "runs/x")
+    assert loaded.data.source["paths"] == [str(tmp_path / "train.jsonl")]
+    assert loaded.data.prepared_dir == str(Path.home() / "prepared")
+    assert loaded.teacher.model == str(tmp_path / "teacher")
+    assert loaded.student.model == "org/student"
+    assert config.load(minimal, ["run.dir=s3://bucket/run"]).run.dir == "s3://bucket/run"
