@@ -17,7 +17,7 @@ from ray_kd.losses.tail import logit_gradient, student_support, teacher_support
 from ray_kd.losses.targets import HeadGradients, Targets
 
 _CPU_BLOCK = 2**22
-"""Logits finished together on CPU, 16 MB in fp32: a server's L3 cache holds them, and the small operations are hidden."""
+"""Logits finished together on CPU, 16 MB in fp32: in a server's L3 cache, and enough to hide the small operations."""
 
 _CPU_SLICE = 2**18
 """Logits of one pass around exp on CPU: they stay in the L2 cache."""
