@@ -115,7 +115,9 @@ def _package_file(package: str, name: str) -> Path:
 def make_inputs(out_dir: Path) -> None:
     """Make what is missing, say what was made, print the sources' licences. Raises ConfigError without the packages."""
     made = [
-        name for name, done in (("data", write_data(out_dir)), ("teacher", convert_teacher(out_dir / "teacher"))) if done
+        name
+        for name, done in (("data", write_data(out_dir)), ("teacher", convert_teacher(out_dir / "teacher")))
+        if done
     ]
     print(f"{out_dir}: made {' and '.join(made)}" if made else f"{out_dir}: everything is there already")
     print("\n".join(LICENCES))
