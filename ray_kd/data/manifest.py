@@ -68,7 +68,7 @@ class Manifest:
     duplicates: int
     """Documents whose text (case, punctuation and spacing aside) occurred before; they are kept."""
     near_duplicates_train_eval: int
-    """Eval documents whose trained text is about the same as that of a training document (estimated by min-hash)."""
+    """Eval documents whose trained text is about that of a training document (found by min-hash, so not every one)."""
 
     def to_json(self) -> str:
         """The manifest as an indented JSON object."""

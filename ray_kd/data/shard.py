@@ -136,30 +136,34 @@ def hash_text(text: str) -> int:
 
 _WINDOW = 8
 _ROLL = np.uint64(0x9E3779B97F4A7C15)
-_SALTS = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
+_MIX = np.array([0xBF58476D1CE4E5B9, 0x94D049BB133111EB], dtype=np.uint64)
+_SALTS = np.arange(1, 9, dtype=np.uint64) * _ROLL
 
 
 def sketch(document: Document) -> int:
-    """64 bits that two documents share with probability J^2, J the overlap (Jaccard) of their trained 8-token windows.
+    """64 bits that two documents share with probability J^8, J the overlap (Jaccard) of their trained 8-token windows.
 
-    Two min-hashes. Answers shorter than two windows say too little, so the whole document has to be the same.
+    Eight min-hashes in one: 0.66 at J = 0.95, 0.004 at J = 0.5, so that a large training set does not match everything.
+    Answers shorter than two windows say too little: there the whole document has to be the same.
     https://en.wikipedia.org/wiki/MinHash
     """
     ids = document.input_ids[document.is_trained].astype(np.uint64)
     if len(ids) < 2 * _WINDOW:
         return int.from_bytes(hashlib.blake2b(document.input_ids.tobytes(), digest_size=8).digest(), "little")
-    windows = np.zeros(len(ids) - _WINDOW + 1, dtype=np.uint64)
-    for offset in range(_WINDOW):  # arithmetic modulo 2^64
-        windows = windows * _ROLL + mix(ids[offset : offset + len(windows)])
-    lowest = [mix(windows ^ salt).min() for salt in _SALTS]
-    return int(lowest[0] ^ (lowest[1] >> np.uint64(1)))
+    ids = mix(ids)
+    count = len(ids) - _WINDOW + 1
+    windows = ids[:count]
+    for offset in range(1, _WINDOW):  # arithmetic modulo 2^64
+        windows = windows * _ROLL + ids[offset : offset + count]
+    lowest = mix(windows[None, :] ^ _SALTS[:, None]).min(axis=1)
+    return int.from_bytes(hashlib.blake2b(lowest.tobytes(), digest_size=8).digest(), "little")
 
 
 def mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """A bijection of 64 bits that looks random (the finaliser of splitmix64, https://prng.di.unimi.it/splitmix64.c)."""
     values = values + _ROLL
-    values = (values ^ (values >> np.uint64(30))) * _SALTS[0]
-    values = (values ^ (values >> np.uint64(27))) * _SALTS[1]
+    values = (values ^ (values >> np.uint64(30))) * _MIX[0]
+    values = (values ^ (values >> np.uint64(27))) * _MIX[1]
     return values ^ (values >> np.uint64(31))
 
 

@@ -99,9 +99,10 @@ def encode(documents: Sequence[Sequence[Segment]], tokenizer: Any) -> list[Docum
     encoded = tokenizer(
         texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False
     )
-    special = np.array(tokenizer.all_special_ids, dtype=np.int32)
+    is_special = np.zeros(1 + max([len(tokenizer), *tokenizer.all_special_ids]), dtype=np.bool_)
+    is_special[list(tokenizer.all_special_ids)] = True
     return [
-        _document(segments, text, np.array(ids, np.int32), np.array(offsets, np.int64).reshape(-1, 2), special)
+        _document(segments, text, np.array(ids, np.int32), np.array(offsets, np.int64).reshape(-1, 2), is_special)
         for segments, text, ids, offsets in zip(
             documents, texts, encoded["input_ids"], encoded["offset_mapping"], strict=True
         )
@@ -113,7 +114,7 @@ def _document(
     text: str,
     input_ids: NDArray[np.int32],
     offsets: NDArray[np.int64],  # [L, 2] first and past-last character
-    special: NDArray[np.int32],
+    is_special: NDArray[np.bool_],  # [ids]
 ) -> Document:
     trained_before = np.zeros(len(text) + 1, dtype=np.int64)  # trained characters before each character
     edges = np.cumsum([0] + [len(segment.text) for segment in segments])
@@ -127,8 +128,9 @@ def _document(
     # Ends only grow: a space that offsets leave out counts with its word, and a character that several byte tokens
     # share counts once, so the sum is the text's own length.
     ends = np.maximum.accumulate(_byte_ends(text)[offsets[:, 1]]) if len(offsets) else offsets[:, 1]
-    nbytes = np.diff(ends, prepend=0)
-    nbytes[np.isin(input_ids, special)] = 0
+    nbytes = ends.copy()
+    nbytes[1:] -= ends[:-1]
+    nbytes[is_special[input_ids]] = 0
     return Document(input_ids, is_trained, nbytes.astype(np.int32))
 
 

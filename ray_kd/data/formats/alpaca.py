@@ -15,6 +15,9 @@ from ray_kd.errors import ConfigError
 
 STYLES = ("auto", "chat", "plain")
 
+EXAMPLE: dict[str, Any] = {"instruction": "Add the numbers.", "input": "2 and 2", "output": "The sum is 4."}
+EXAMPLE_TRAINED = ("The sum is 4.",)
+
 
 @dataclass
 class Config:

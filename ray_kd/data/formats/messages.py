@@ -10,6 +10,17 @@ from ray_kd.errors import ConfigError
 
 TRAIN_ON = ("assistant", "all")
 
+EXAMPLE: dict[str, Any] = {
+    "messages": [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hello?"},
+        {"role": "assistant", "content": "Hello!"},
+        {"role": "user", "content": "Two and two?"},
+        {"role": "assistant", "content": "Four."},
+    ]
+}
+EXAMPLE_TRAINED = ("Hello!", "Four.")
+
 
 @dataclass
 class Config:

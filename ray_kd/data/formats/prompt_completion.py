@@ -8,6 +8,9 @@ from ray_kd.data.formats._fields import text_field
 from ray_kd.data.records import Segment
 from ray_kd.data.tokenizer import bos_segments, eos_segment
 
+EXAMPLE: dict[str, Any] = {"prompt": "The capital of France is", "completion": " Paris."}
+EXAMPLE_TRAINED = (" Paris.",)
+
 
 @dataclass
 class Config:

@@ -26,6 +26,16 @@ ROLES = {
     "function_response": "tool",
 }
 
+EXAMPLE: dict[str, Any] = {
+    "conversations": [
+        {"from": "human", "value": "Hello?"},
+        {"from": "gpt", "value": "Hello!"},
+        {"from": "human", "value": "Two and two?"},
+        {"from": "gpt", "value": "Four."},
+    ]
+}
+EXAMPLE_TRAINED = ("Hello!", "Four.")
+
 
 @dataclass
 class Config:

@@ -8,6 +8,9 @@ from ray_kd.data.formats._fields import text_field
 from ray_kd.data.records import Segment
 from ray_kd.data.tokenizer import bos_segments, eos_segment
 
+EXAMPLE: dict[str, Any] = {"text": "A whole text is trained."}
+EXAMPLE_TRAINED = ("A whole text is trained.",)
+
 
 @dataclass
 class Config:
