@@ -1,7 +1,7 @@
 """Files of records: finding them, hashing them, and cutting them into shards.
 
-One streaming pass over a file gives its sha256 and the byte offsets of every PIECE_RECORDS-th record, so the pieces
-are read in parallel. Pieces of small files are joined into shards of about SHARD_RECORDS records.
+One streaming pass over a file gives its sha256 and the byte offsets of its pieces, which are then read in parallel.
+Pieces of small files are joined into shards of at most SHARD_RECORDS records and about SHARD_BYTES bytes.
 """
 
 import glob
@@ -14,7 +14,9 @@ from typing import Any
 from ray_kd.errors import ConfigError
 
 SHARD_RECORDS = 2000
-"""Small enough for the first shards of a few thousand records to run in parallel, large enough to pack well."""
+"""Small enough for a few thousand records to run in parallel, large enough to pack well."""
+SHARD_BYTES = 2 * 2**20
+"""About half a million tokens, a few seconds of work: long records make no long tasks."""
 
 BOM = b"\xef\xbb\xbf"
 
@@ -53,7 +55,7 @@ def expand(paths: Iterable[str]) -> list[str]:
 
 
 def scan_lines(file: str, records_end_at_blank: bool = False) -> tuple[str, list[Piece]]:
-    """(sha256, pieces) of a text file in one pass. A piece holds at most SHARD_RECORDS lines that are not blank.
+    """(sha256, pieces) of a text file in one pass; a piece makes a shard at most. Blank lines are no records.
 
     records_end_at_blank: cut only after a blank line, and count the paragraphs between them.
     """
@@ -67,7 +69,8 @@ def scan_lines(file: str, records_end_at_blank: bool = False) -> tuple[str, list
                 raise ConfigError(f"data file '{file}' is gzip-compressed: decompress it first (gunzip)")
             digest.update(line)
             is_blank = not line.strip()
-            if records >= SHARD_RECORDS and not (records_end_at_blank and in_paragraph):
+            is_full = records >= SHARD_RECORDS or offset - start >= SHARD_BYTES
+            if is_full and not (records_end_at_blank and in_paragraph):
                 pieces.append(Piece(file, start, offset, first_line, records))
                 start, first_line, records = offset, number, 0
             if not is_blank and not (records_end_at_blank and in_paragraph):
@@ -97,17 +100,18 @@ def read_lines(piece: Piece) -> Iterator[tuple[int, bytes]]:
 
 
 def join_pieces(pieces: Iterable[Piece]) -> list[dict[str, Any]]:
-    """Shards {"pieces": [...]} of neighbouring pieces, each of about SHARD_RECORDS records, empty pieces left out."""
+    """Shards {"pieces": [...]} of neighbouring pieces that fit together, pieces without records left out."""
     shards: list[dict[str, Any]] = []
-    held = SHARD_RECORDS
+    records, size = SHARD_RECORDS, 0
     for piece in pieces:
         if not piece.records:
             continue
-        if held + piece.records > SHARD_RECORDS:
+        records += piece.records
+        size += piece.stop - piece.start
+        if records > SHARD_RECORDS or size > SHARD_BYTES:
             shards.append({"pieces": []})
-            held = 0
+            records, size = piece.records, piece.stop - piece.start
         shards[-1]["pieces"].append([piece.file, piece.start, piece.stop, piece.line, piece.records])
-        held += piece.records
     return shards
 
 

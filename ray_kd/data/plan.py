@@ -13,7 +13,7 @@ from typing import Any
 
 from ray_kd import config as configuration
 from ray_kd import plugins, schema
-from ray_kd.data.files import SHARD_RECORDS
+from ray_kd.data.files import SHARD_BYTES, SHARD_RECORDS
 from ray_kd.data.prepared import ROWS_PER_FILE, ROWS_PER_GROUP
 from ray_kd.data.shard import Task
 from ray_kd.data.tokenizer import tokenizer_identity
@@ -58,7 +58,7 @@ def plan_preparation(config: configuration.Data, tokenizer_path: str, revision: 
     _, format_options = plugins.options("data.formats", config.format, "data.format")
     form = {"kind": plugins.kind_of(config.format), **dataclasses.asdict(format_options)}
     determines = {
-        "versions": [PREPARE_VERSION, schema.SCHEMA_VERSION, SHARD_RECORDS, ROWS_PER_GROUP, ROWS_PER_FILE],
+        "versions": [PREPARE_VERSION, schema.SCHEMA_VERSION, SHARD_RECORDS, SHARD_BYTES, ROWS_PER_GROUP, ROWS_PER_FILE],
         "source": [source["kind"], identity],
         "eval_source": eval_source and [eval_source["kind"], eval_identity],
         "eval_fraction": config.eval_fraction,

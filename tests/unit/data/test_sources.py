@@ -55,6 +55,13 @@ def test_small_files_share_a_shard_and_large_ones_are_cut(tmp_path):
     assert len(read(source)) == 30 * 100 + 3 * SHARD_RECORDS
 
 
+def test_long_records_make_small_shards(tmp_path):
+    (tmp_path / "a.txt").write_text(("x" * 1000 + "\n") * 5000)
+    source = text.Source(text.Config([str(tmp_path / "a.txt")]))
+    assert len(source.shards()) == 3
+    assert len(read(source)) == 5000
+
+
 def test_compressed_files_are_refused(tmp_path):
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b"{}\n"))
     with pytest.raises(ConfigError, match="gunzip"):
