@@ -318,10 +318,10 @@ def _known_keys() -> list[str]:
     return leaves + sorted(sections)
 
 
-_SECRET = re.compile(r"(^|_)(token|secret|password|api_key|access_key)s?$", re.IGNORECASE)
+_SECRET = re.compile(r"(^|_)(token|secret|password|api_key|access_key)$", re.IGNORECASE)
 
 
 def _mask(value: Any) -> Any:
     if isinstance(value, dict):
-        return {k: "***" if _SECRET.search(str(k)) and v is not None else _mask(v) for k, v in value.items()}
+        return {k: "***" if isinstance(v, str) and _SECRET.search(str(k)) else _mask(v) for k, v in value.items()}
     return [_mask(item) for item in value] if isinstance(value, list) else value

@@ -1,22 +1,25 @@
 """The held-out evaluation as the trainer and the evaluate job call it: which rows, which teacher, which student.
 
 Built in the process that runs it. The teacher goes over the rows once, here; evaluations after it cost the student's
-forward and the two heads at target positions.
+forward and the two heads at target positions. Imports torch and transformers when called, not when imported: the
+train function carries a reference to this module, and its first act is to start the stream.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-
-from ray_kd import models, plugins
+from ray_kd import plugins
 from ray_kd.data.prepared import PreparedData
-from ray_kd.eval import DenseTargets, Evaluator, TeacherTargets, TopKTargets, rows_of_rank
 from ray_kd.teacher.engine import Request, RowError
 from ray_kd.teacher.stage import EngineSpec
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from ray_kd.eval import Evaluator, TeacherTargets
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class HeldOut:
     top_k: int
 
 
-def make_evaluate(spec: HeldOut, device: torch.device) -> Callable[[Any], dict[str, float]]:
+def make_evaluate(spec: HeldOut, device: "torch.device") -> Callable[[Any], dict[str, float]]:
     """For the trainer: DeepSpeed engine -> metrics, over all ranks. Every rank calls both, the same number of times."""
     import torch.distributed as dist
 
@@ -50,8 +53,10 @@ def make_evaluate(spec: HeldOut, device: torch.device) -> Callable[[Any], dict[s
     return evaluate
 
 
-def evaluate_model(spec: HeldOut, path: str, device: torch.device) -> dict[str, float]:
+def evaluate_model(spec: HeldOut, path: str, device: "torch.device") -> dict[str, float]:
     """The metrics of a model folder, in this process."""
+    from ray_kd import models
+
     evaluator = _evaluator(spec, device, rank=0, world_size=1)
     student = models.load_causal_lm(path, dtype="float32", device=device)
     return evaluator.evaluate(
@@ -59,13 +64,17 @@ def evaluate_model(spec: HeldOut, path: str, device: torch.device) -> dict[str, 
     )
 
 
-def _evaluator(spec: HeldOut, device: torch.device, rank: int, world_size: int) -> Evaluator:
+def _evaluator(spec: HeldOut, device: "torch.device", rank: int, world_size: int) -> "Evaluator":
+    from ray_kd.eval import Evaluator, rows_of_rank
+
     rows = rows_of_rank(PreparedData(spec.prepared_dir).read_eval(spec.max_rows), rank, world_size)
     return Evaluator(rows, _targets(spec, rows, device), batch_size=spec.batch_size, device=device)
 
 
-def _targets(spec: HeldOut, rows: dict[str, Any], device: torch.device) -> TeacherTargets:
+def _targets(spec: HeldOut, rows: dict[str, Any], device: "torch.device") -> "TeacherTargets":
     """Exact where the engine's model can be loaded here, else what the engine says through its top k."""
+    from ray_kd.eval import DenseTargets, TopKTargets
+
     teacher = spec.teacher
     module, _ = plugins.options("teacher.engines", teacher.engine, "teacher.engine")
     if module.Engine.is_local_model:
@@ -86,8 +95,10 @@ def _targets(spec: HeldOut, rows: dict[str, Any], device: torch.device) -> Teach
 
 
 @contextmanager
-def _gathered_head(student: nn.Module) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+def _gathered_head(student: "nn.Module") -> Iterator[tuple["torch.Tensor", "torch.Tensor | None"]]:
     """lm_head's weight and bias, whole: under ZeRO-3 each rank holds a part between forwards."""
+    from ray_kd import models
+
     head = models.base_causal_lm(student).get_output_embeddings()
     parameters = [p for p in (head.weight, head.bias) if p is not None]
     if not hasattr(head.weight, "ds_id"):

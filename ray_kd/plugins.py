@@ -49,16 +49,23 @@ def nearest(name: str, names: Iterable[str]) -> str:
     return f"; did you mean '{close[0]}'?" if close else ""
 
 
-def load(group: str, kind: str) -> ModuleType:
-    """Import the plug-in `kind` of `group`. Raises ConfigError naming the kinds on disk for an unknown one."""
+def load(group: str, kind: str, key: str | None = None) -> ModuleType:
+    """Import the plug-in `kind` of `group`. Raises ConfigError naming the kinds on disk for an unknown one.
+
+    key: where the kind stands in the config, for messages.
+    """
+    key = key or group
     if "." in kind:
         try:
-            return importlib.import_module(kind)
-        except ModuleNotFoundError as error:
-            raise ConfigError(f"{group}: kind '{kind}' cannot be imported: {error}") from error
+            module = importlib.import_module(kind)
+        except ImportError as error:
+            raise ConfigError(f"{key}: kind '{kind}' cannot be imported: {error}") from error
+        if not hasattr(module, "Config"):
+            raise ConfigError(f"{key}: kind '{kind}' is no plug-in: the module has no Config")
+        return module
     kinds = available(group)
     if kind not in kinds:
-        raise ConfigError(f"{group}: unknown kind '{kind}'{nearest(kind, kinds)} Available: {', '.join(kinds)}")
+        raise ConfigError(f"{key}: unknown kind '{kind}'{nearest(kind, kinds) or '.'} {_available(kinds)}")
     return importlib.import_module(f"ray_kd.{group}.{kind}")
 
 
@@ -71,11 +78,13 @@ def options(group: str, value: str | Mapping[str, Any], key: str) -> tuple[Modul
     from omegaconf import MissingMandatoryValue, OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    if not isinstance(value, str | Mapping):
+        raise ConfigError(f"{key} is {value!r}: allowed is a kind or {{kind: ..., options}}. {_available(group)}")
     given = {"kind": value} if isinstance(value, str) else dict(value)
     kind = given.pop("kind", None)
     if not isinstance(kind, str):
-        raise ConfigError(f"{key}.kind is missing. Available: {', '.join(available(group))}")
-    module = load(group, kind)
+        raise ConfigError(f"{key}.kind is missing. {_available(group)}")
+    module = load(group, kind, key)
     schema = OmegaConf.structured(module.Config)
     names = [str(name) for name in schema]  # `in` would leave out the required ones
     for name in given:
@@ -90,6 +99,10 @@ def options(group: str, value: str | Mapping[str, Any], key: str) -> tuple[Modul
         raise ConfigError(f"{key}.{error.full_key} is missing (kind '{kind}' needs it)") from error
     except OmegaConfBaseException as error:
         raise ConfigError(f"{key}.{error.full_key}: {str(error.msg).splitlines()[0]}") from error
+
+
+def _available(kinds: str | Iterable[str]) -> str:
+    return f"Available: {', '.join(available(kinds) if isinstance(kinds, str) else kinds)}"
 
 
 def kind_of(value: str | Mapping[str, Any]) -> str:

@@ -164,4 +164,4 @@ def _card(config: RunConfig, run_dir: Path) -> str:
 
 
 def _one_line(text: str) -> str:
-    return " ".join(text.split())
+    return " ".join(text.split()) or "(ends at once)"

@@ -52,12 +52,12 @@ def next_labels(labels: NDArray[np.integer]) -> NDArray[np.integer]:
 
 
 def to_numpy(table: pa.Table) -> dict[str, NDArray[Any]]:
-    """Columns of a table of rows as arrays: lists of one length [n, T], numbers [n]; no binary, no strings."""
+    """Columns of a table of rows as arrays: lists of fixed size [n, T], numbers [n]; no binary, no strings."""
     arrays = {}
     for name in table.column_names:
         column = table.column(name).combine_chunks()
-        if pa.types.is_list(column.type) or pa.types.is_fixed_size_list(column.type):
-            arrays[name] = column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1)
+        if pa.types.is_fixed_size_list(column.type):
+            arrays[name] = column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), column.type.list_size)
         elif not (pa.types.is_binary(column.type) or pa.types.is_string(column.type)):
             arrays[name] = column.to_numpy(zero_copy_only=False)
     return arrays

@@ -7,12 +7,13 @@ Cost: one byte a planned row in memory, about one bit in the checkpoint.
 import base64
 import zlib
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ray_kd.trainer.step import StepResult
+if TYPE_CHECKING:
+    from ray_kd.trainer.step import StepResult
 
 
 @dataclass
@@ -49,7 +50,7 @@ class Ledger:
         """Distinct (epoch, row) pairs trained."""
         return int(self._trained.sum())
 
-    def add(self, result: StepResult, *, step_s: float, wait_s: float, is_timed: bool) -> None:
+    def add(self, result: "StepResult", *, step_s: float, wait_s: float, is_timed: bool) -> None:
         """Count one step: its rows, its tokens, the seconds it took and of those the seconds waited for rows."""
         epochs = result.slots[result.is_trained] // self.num_rows
         pairs = epochs * self.num_rows + result.row_ids[result.is_trained]

@@ -137,6 +137,8 @@ def _build_engine(spec: TrainSpec, rank: int, world: int) -> tuple[Any, "torch.d
     device = ray.train.torch.get_device() if options.gpus_per_worker > 0 else torch.device("cpu")
     torch.manual_seed(spec.seed + rank)  # dropout differs between ranks
     student = models.load_causal_lm(spec.student_path, revision=spec.student.revision, dtype="float32")
+    models.check_architecture(student)
+    models.require_plain_head(student)
     student.train()
     if spec.student.gradient_checkpointing:
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -95,6 +95,13 @@ def test_every_key_has_a_sentence():
     assert [key for key, field in fields.items() if not field.sentence] == []
 
 
+def test_the_resolved_config_loads_back_to_itself(minimal, tmp_path):
+    """`evaluate` and `export` read the config.yaml of a run."""
+    loaded = config.load(minimal, ["eval.max_new_tokens=7"])
+    (tmp_path / "again.yaml").write_text(config.to_yaml(loaded))
+    assert config.load(tmp_path / "again.yaml") == loaded
+
+
 def test_secrets_are_masked(minimal):
     loaded = config.load(minimal)
     loaded.data.source = {"kind": "jsonl", "paths": ["a"], "api_key": "s3cret"}

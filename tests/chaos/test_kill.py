@@ -1,0 +1,106 @@
+"""Processes die: no row is lost or trained twice, and the run that went on is the run that was never interrupted."""
+
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+pytestmark = pytest.mark.ray
+
+# Dropout on: a resume that lost the random state would show.
+SETTINGS = ("train.max_steps=null", "train.epochs=1", "train.checkpoint_every=3", "eval.max_rows=4")
+
+
+@pytest.fixture(scope="module")
+def dropout_student(jobs):
+    """A student whose attention drops out, so that its random state matters."""
+    model = AutoModelForCausalLM.from_pretrained(jobs.student)
+    model.config.attention_dropout = 0.2
+    folder = jobs.folder / "dropout-student"
+    model.save_pretrained(folder)
+    for file in jobs.student.glob("token*"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def settings(dropout_student):
+    return (*SETTINGS, f"student.model={dropout_student}")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(jobs, settings):
+    job = jobs.distill("uninterrupted", *settings)
+    assert job.exit_code == 0, job.stderr
+    return job
+
+
+def assert_same_run(job, uninterrupted):
+    """Bitwise: losses, gradient norms, evaluation and weights; and every row once."""
+    assert job.exit_code == 0, job.stderr
+    kept = ("step", "train/loss", "train/kd_loss", "train/grad_norm", "train/learning_rate", "data/row_ids_sha256", "eval/kl")
+    ours = [[line.get(key) for key in kept] for line in job.metrics]
+    theirs = [[line.get(key) for key in kept] for line in uninterrupted.metrics]
+    assert ours == theirs
+    summary = job.summary
+    assert summary["rows_missing"] == summary["rows_duplicated"] == 0
+    assert summary["rows_consumed"] == uninterrupted.summary["rows_consumed"]
+    assert summary["eval"] == uninterrupted.summary["eval"]
+    final = AutoModelForCausalLM.from_pretrained(job.run_dir / "final").state_dict()
+    expected = AutoModelForCausalLM.from_pretrained(uninterrupted.run_dir / "final").state_dict()
+    assert all(torch.equal(final[name], expected[name]) for name in expected)
+
+
+def slow(*rows):
+    """A learning setting that changes nothing but gives a test time to kill: none is needed, steps take a while."""
+    return rows
+
+
+def children(process, name):
+    """Processes of a run by the title Ray gives them."""
+    return [p for p in psutil.Process(process.pid).children(recursive=True) if name in " ".join(p.cmdline())]
+
+
+def test_the_driver_is_killed(local_jobs, jobs, settings, uninterrupted):
+    """SIGKILL, which also takes its local Ray down; the same command again."""
+    local_jobs.data.write_bytes(jobs.data.read_bytes())
+    overrides = (*settings, f"teacher.model={jobs.teacher}")
+    process = local_jobs.start("killed", *overrides)
+    local_jobs.wait_for_step("killed", 5, process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    job = local_jobs.distill("killed", *overrides)
+    assert_same_run(job, uninterrupted)
+    assert job.summary["restarts"] == 1
+    assert job.summary["teacher_rows_repeated"] > 0
+
+
+def test_a_worker_is_killed(jobs, settings, uninterrupted):
+    """Ray Train starts the group again; it goes on from our newest checkpoint."""
+    process = jobs.start("worker-killed", *settings)
+    jobs.wait_for_step("worker-killed", 4, process)
+    (worker,) = [p for p in psutil.process_iter(["cmdline"]) if "ray::RayTrainWorker" in " ".join(p.info["cmdline"] or [])]
+    worker.kill()
+    job = jobs.finish("worker-killed", process)
+    assert_same_run(job, uninterrupted)
+    assert job.summary["restarts"] == 1
+
+
+def test_sigterm_saves_and_leaves(jobs, settings, uninterrupted):
+    process = jobs.start("terminated", *settings)
+    jobs.wait_for_step("terminated", 2, process)
+    process.send_signal(signal.SIGTERM)
+    stopped = jobs.finish("terminated", process)
+    assert stopped.exit_code == 75
+    assert stopped.stderr.count("error:") == 1
+    assert "the same command goes on" in stopped.stderr
+    assert stopped.summary["exit_code"] == 75
+    at = stopped.summary["steps"]
+    assert 2 <= at < uninterrupted.summary["steps"]
+    job = jobs.distill("terminated", *settings)
+    assert_same_run(job, uninterrupted)
+    assert job.summary["teacher_rows_computed"] >= job.summary["rows_consumed"]
