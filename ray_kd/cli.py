@@ -29,7 +29,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(job: str, argv: Sequence[str] | None = None) -> int:
-    """Run a job by name and return its exit code; never raises."""
+    """Run a job by name and return its exit code. Raises only argparse's SystemExit, for --help and wrong options."""
     try:
         return JOBS[job](sys.argv[1:] if argv is None else list(argv))
     except RayKDError as error:
@@ -48,12 +48,16 @@ def main(job: str, argv: Sequence[str] | None = None) -> int:
 def dispatch(argv: Sequence[str] | None = None) -> int:
     """`python -m ray_kd JOB ...`."""
     arguments = sys.argv[1:] if argv is None else list(argv)
-    if not arguments or arguments[0] not in JOBS:
-        is_help = bool(arguments) and arguments[0] in ("-h", "--help")
-        print(f"usage: python -m ray_kd {{{' | '.join(JOBS)}}} ... (each has --help)",
-              file=sys.stdout if is_help else sys.stderr)  # fmt: skip
-        return EXIT_DONE if is_help else ConfigError.exit_code
-    return main(arguments[0], arguments[1:])
+    usage = f"python -m ray_kd {{{' | '.join(JOBS)}}} ... (each has --help)"
+    if arguments and arguments[0] in ("-h", "--help"):
+        print(f"usage: {usage}")
+        return EXIT_DONE
+    if not arguments:
+        return _fail(f"a job is missing: {usage}", ConfigError.exit_code)
+    job = arguments[0]
+    if job not in JOBS:
+        return _fail(f"unknown job '{job}'{plugins.nearest(job, JOBS)} usage: {usage}", ConfigError.exit_code)
+    return main(job, arguments[1:])
 
 
 def distill(argv: list[str]) -> int:
@@ -101,6 +105,8 @@ def evaluate(argv: list[str]) -> int:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     options = parser.parse_args(argv)
+    if options.max_rows is not None and options.max_rows < 0:
+        parser.error(f"argument --max-rows: {options.max_rows} is negative, allowed is 0 (all) or more")
     from ray_kd import results, summary
 
     metrics = results.evaluate(_config_of_run(Path(options.run_dir)), model=options.model, max_rows=options.max_rows)
@@ -139,10 +145,10 @@ def _config_from(argv: list[str], job: str, description: str | None) -> configur
                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("config", help="YAML file (configs/ has complete ones)")
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="e.g. train.max_steps=50 student.init.layers=15"
+        "overrides", nargs="*", default=[], metavar="key=value", help="e.g. train.max_steps=50 student.init.layers=15"
     )
     parser.add_argument("--print-config", action="store_true", help="print the resolved config and exit")
-    options = parser.parse_args(argv)
+    options = parser.parse_intermixed_args(argv)
     config = configuration.load(options.config, options.overrides)
     if options.print_config:
         print(configuration.to_yaml(config), end="")
@@ -175,7 +181,7 @@ def _field_help(key: str, field: plugins.Field) -> str:
     default = field.default if field.default not in (None, "MISSING") else "required"
     default = default.removeprefix("field(default_factory=lambda: ").removeprefix("field(default_factory=")
     default = default.removesuffix(")") if field.default != default else default
-    default = {"dict": "{}", "list": "[]"}.get(default, default)
+    default = {"dict": "{}", "list": "[]", "None": "null"}.get(default, default)
     return f"  {key}: {field.annotation} = {default}\n      {field.sentence}"
 
 

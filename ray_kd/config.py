@@ -22,7 +22,7 @@ from ray_kd.errors import ConfigError
 @dataclass
 class Run:
     dir: str = MISSING
-    """Where everything of the run goes; the same dir resumes it. A local path or a URI (s3://bucket/run)."""
+    """Where everything of the run goes; the same dir resumes it. On storage that all nodes share."""
     seed: int = 0
     """Seeds the order of rows, the eval split and dropout."""
 
@@ -289,7 +289,7 @@ def _describe(tree: ast.Module, class_name: str, prefix: str) -> Iterator[tuple[
 
 def _read_yaml(path: Path) -> DictConfig:
     if not path.is_file():
-        raise ConfigError(f"config file '{path}' does not exist")
+        raise ConfigError(f"config file '{path}' {'is a folder' if path.is_dir() else 'does not exist'}")
     try:
         content = OmegaConf.load(path)
     except Exception as error:  # yaml raises several unrelated classes for a malformed file
@@ -308,6 +308,8 @@ def _merge(base: DictConfig, update: DictConfig, where: str) -> DictConfig:
     except OmegaConfBaseException as error:
         key = error.full_key or "value"
         raise ConfigError(f"{key} in {where}: {str(error.msg or error).splitlines()[0]}") from error
+    except TypeError as error:  # what OmegaConf raises when a list is to replace a mapping
+        raise ConfigError(f"{where}: {str(error).splitlines()[0]}") from error
     assert isinstance(merged, DictConfig)
     return merged
 

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     import ray.data
 
     from ray_kd.data.manifest import Manifest
+    from ray_kd.data.plan import Plan
 
 logger = logging.getLogger(__name__)
 
@@ -51,14 +52,19 @@ def distill(config: RunConfig) -> dict[str, Any]:
     run_folder.create(run_dir)
     run_folder.check_identity(run_dir, config)
     if (finished := run_folder.finished_summary(run_dir)) is not None:
+        if run_folder.has_moved(run_dir, config):
+            run_folder.check_content(run_dir, _content(config, _plan(config)))
         logger.info("run %s is finished already; nothing to do", run_dir)
         return finished
     with driver_lock(run_dir), launch.interruptible():
         vocab_size = validate(config).teacher.vocab_size
+        plan = _plan(config)
+        content = _content(config, plan)
+        run_folder.check_content(run_dir, content)  # before anything is written: the run may be another
         _sweep(run_dir)
         with cluster.connected(config):
-            prepared = prepare(config, run_dir / QUARANTINE)
-            run_folder.check_content(run_dir, config, _content(config, prepared.manifest))
+            prepared = prepare(config, run_dir / QUARANTINE, plan)
+            run_folder.record(run_dir, config, content)
             order = _order(config, prepared.manifest)
             _warn(config, order)
             try:
@@ -72,7 +78,7 @@ def distill(config: RunConfig) -> dict[str, Any]:
         return _write_summary(run_dir, prepared.manifest, order, exit_code=0)
 
 
-def prepare(config: RunConfig, quarantine_path: Path | None = None) -> PreparedData:
+def prepare(config: RunConfig, quarantine_path: Path | None = None, plan: "Plan | None" = None) -> PreparedData:
     """The prepared data of a config, made by Ray Data or reused. Ray must be initialised.
 
     Raises DataError when nothing usable is left or too many records are bad.
@@ -86,7 +92,14 @@ def prepare(config: RunConfig, quarantine_path: Path | None = None) -> PreparedD
         seed=config.run.seed,
         prepared_dir=str(run_folder.prepared_dir(config)),
         quarantine_path=quarantine_path,
+        plan=plan,
     )
+
+
+def _plan(config: RunConfig) -> "Plan":
+    from ray_kd.data.plan import plan_preparation
+
+    return plan_preparation(config.data, config.teacher.model, config.teacher.revision, config.run.seed)
 
 
 def _sweep(run_dir: Path) -> None:
@@ -98,11 +111,11 @@ def _sweep(run_dir: Path) -> None:
         (run_dir / leftover).unlink(missing_ok=True)
 
 
-def _content(config: RunConfig, manifest: "Manifest") -> dict[str, str]:
+def _content(config: RunConfig, plan: "Plan") -> dict[str, str]:
     from ray_kd.models import model_identity
 
     content = {
-        "prepared data": manifest.fingerprint,
+        "prepared data": plan.fingerprint,
         "teacher weights": model_identity(config.teacher.model, config.teacher.revision),
     }
     if config.student.model is not None:

@@ -65,7 +65,7 @@ def load(group: str, kind: str, key: str | None = None) -> ModuleType:
         return module
     kinds = available(group)
     if kind not in kinds:
-        raise ConfigError(f"{key}: unknown kind '{kind}'{nearest(kind, kinds) or '.'} {_available(kinds)}")
+        raise ConfigError(f"{key}: unknown kind '{kind}'{nearest(kind, kinds) or '.'} {_available(group)}")
     return importlib.import_module(f"ray_kd.{group}.{kind}")
 
 
@@ -101,10 +101,6 @@ def options(group: str, value: str | Mapping[str, Any], key: str) -> tuple[Modul
         raise ConfigError(f"{key}.{error.full_key}: {str(error.msg).splitlines()[0]}") from error
 
 
-def _available(kinds: str | Iterable[str]) -> str:
-    return f"Available: {', '.join(available(kinds) if isinstance(kinds, str) else kinds)}"
-
-
 def kind_of(value: str | Mapping[str, Any]) -> str:
     """The kind named by a config value that is a kind or a mapping with `kind`."""
     return value if isinstance(value, str) else str(value.get("kind"))
@@ -115,6 +111,10 @@ def describe_kinds(group: str) -> Iterator[tuple[str, str, list[Field]]]:
     for kind in available(group):
         tree = ast.parse(_PACKAGE.joinpath(*group.split("."), f"{kind}.py").read_text())
         yield kind, (ast.get_docstring(tree) or "").split("\n")[0], fields_of(tree, "Config")
+
+
+def _available(group: str) -> str:
+    return f"Available: {', '.join(available(group))}"
 
 
 def fields_of(tree: ast.Module, class_name: str) -> list[Field]:

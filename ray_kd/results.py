@@ -43,6 +43,10 @@ def export(config: RunConfig, out_dir: Path, *, step: int | None = None, dtype: 
 
     if out_dir.exists():
         raise ConfigError(f"'{out_dir}' exists already: name a new folder")
+    try:
+        out_dir.absolute().parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"'{out_dir}' cannot be written: {error.strerror}") from error
     run_dir = run_folder.run_dir(config)
     folder = _checkpoint(run_dir, step)
     document = checkpoint.read_state(folder)
@@ -65,7 +69,11 @@ def evaluate(config: RunConfig, *, model: str | None = None, max_rows: int | Non
     """
     import torch
 
+    from ray_kd import models
+
     run_dir = run_folder.run_dir(config)
+    if model is not None:
+        models.check_model(model, None, "student")
     fingerprint = run_folder.content_of(run_dir)["prepared data"]
     prepared = PreparedData(run_folder.prepared_dir(config) / fingerprint[:16])
     if prepared.manifest.eval_rows == 0:

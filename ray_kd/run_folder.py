@@ -89,20 +89,31 @@ def check_identity(folder: Path, config: RunConfig) -> None:
             )
 
 
-def check_content(folder: Path, config: RunConfig, content: Mapping[str, str]) -> None:
-    """Compare fingerprints of data and models with the run's; on a first start write them and the config.
+def has_moved(folder: Path, config: RunConfig) -> bool:
+    """Whether the config names data or models by other paths than the run in this folder: `check_content` decides."""
+    known, wanted = _read(folder / IDENTITY), identity(config)
+    return known is not None and any(known["settings"].get(key) != wanted[key] for key in _CONTENT_KEYS)
 
-    content: what ("prepared data", "teacher weights", ...) -> fingerprint. Raises ConfigError naming what differs.
+
+def check_content(folder: Path, content: Mapping[str, str]) -> None:
+    """Raise ConfigError naming the data or the models in which the run in this folder differs.
+
+    content: what ("prepared data", "teacher weights", ...) -> fingerprint.
     """
     known = _read(folder / IDENTITY)
-    if known is not None:
-        for name, fingerprint in content.items():
-            if known["content"].get(name) != fingerprint:
-                raise ConfigError(
-                    f"run.dir '{folder}' holds another run: the {name} changed (fingerprint "
-                    f"{_short(known['content'].get(name))}, now {_short(fingerprint)}); use another run.dir"
-                )
-    else:
+    if known is None:
+        return
+    for name, fingerprint in content.items():
+        if known["content"].get(name) != fingerprint:
+            raise ConfigError(
+                f"run.dir '{folder}' holds another run: the {name} changed (fingerprint "
+                f"{_short(known['content'].get(name))}, now {_short(fingerprint)}); use another run.dir"
+            )
+
+
+def record(folder: Path, config: RunConfig, content: Mapping[str, str]) -> None:
+    """Write the config, and on a first start what identifies the run from now on."""
+    if not (folder / IDENTITY).exists():
         write_json(folder / IDENTITY, {"settings": identity(config), "content": dict(content)})
     temporary = folder / f".{CONFIG}.tmp"
     temporary.write_text(configuration.to_yaml(config), encoding="utf-8")
@@ -110,7 +121,7 @@ def check_content(folder: Path, config: RunConfig, content: Mapping[str, str]) -
 
 
 def content_of(folder: Path) -> dict[str, str]:
-    """The fingerprints `check_content` wrote. Raises ConfigError when the run never came that far."""
+    """The fingerprints `record` wrote. Raises ConfigError when the run never came that far."""
     known = _read(folder / IDENTITY)
     if known is None:
         raise ConfigError(f"'{folder}' holds no run: it has no {IDENTITY}")
@@ -137,7 +148,10 @@ def write_json(path: Path, document: Mapping[str, Any]) -> None:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    except ValueError as error:
+        raise ConfigError(f"'{path}' is damaged ({error}): restore it, or use another run.dir") from error
 
 
 def _short(value: Any) -> str:

@@ -32,7 +32,7 @@ _AT_LEAST = {
     "train.global_batch_size": 1, "train.epochs": 1, "train.max_steps": 1, "train.warmup_steps": 0,
     "train.weight_decay": 0, "train.max_grad_norm": 0, "train.checkpoint_every": 0, "train.keep_checkpoints": 1,
     "train.eval_every": 0, "train.log_every": 1, "train.max_failures": 0, "train.threads_per_worker": 1,
-    "eval.max_rows": 0, "eval.batch_size": 1, "cluster.wait_s": 0, "run.seed": 0,
+    "eval.max_rows": 0, "eval.batch_size": 1, "eval.max_new_tokens": 1, "cluster.wait_s": 0, "run.seed": 0,
 }  # fmt: skip
 _POSITIVE = (
     "teacher.pool.num_cpus", "train.cpus_per_worker", "train.learning_rate", "train.timeout_s", "loss.temperature",
@@ -64,6 +64,8 @@ def check_data(config: RunConfig) -> None:
             module.Source(options)
     module, options = plugins.options("data.formats", config.data.format, "data.format")
     module.Format(options)
+    prepared_dir = config.data.prepared_dir or ""
+    _require("://" not in prepared_dir, "data.prepared_dir", prepared_dir, "a folder that every node sees, not a URI")
     _require(0 <= config.data.eval_fraction < 1, "data.eval_fraction", config.data.eval_fraction, "0 up to below 1")
     _require(0 <= config.data.max_bad_fraction <= 1, "data.max_bad_fraction", config.data.max_bad_fraction, "0 to 1")
     if config.data.eval_source is not None and config.data.eval_fraction > 0:
@@ -73,7 +75,7 @@ def check_data(config: RunConfig) -> None:
 def _check_values(config: RunConfig) -> None:
     for key, allowed in _CHOICES.items():
         value = _value(config, key)
-        hint = " (quote it: YAML reads off as false)" if value is False or value == "False" else ""
+        hint = " (YAML reads a bare off as false)" if value is False or value == "False" else ""
         _require(value in allowed, key, value, " | ".join(map(str, allowed)) + hint)
     for key, least in _AT_LEAST.items():
         value = _value(config, key)
@@ -91,8 +93,8 @@ def _check_combinations(config: RunConfig) -> None:
     _require(train.global_batch_size % unit == 0, "train.global_batch_size", train.global_batch_size,
              f"a multiple of num_workers x micro_batch_size = {unit}")  # fmt: skip
     if (config.student.model is None) == (config.student.init is None):
-        seen = "neither" if config.student.model is None else "both"
-        raise ConfigError(f"student: {seen} of model and init is set: allowed is exactly one (the other null)")
+        seen = "neither is" if config.student.model is None else "both are"
+        raise ConfigError(f"student.model and student.init: {seen} set, allowed is exactly one (the other null)")
     if config.student.dtype == "float16" and train.gpus_per_worker == 0:
         logger.warning("student.dtype=float16 on CPU is slow and exists for tests; float32 or bfloat16 is better")
 

@@ -47,15 +47,17 @@ def prepare(
     prepared_dir: str | Path,
     quarantine_path: str | Path | None = None,
     num_blocks: int | None = None,
+    plan: Plan | None = None,
 ) -> PreparedData:
     """The prepared data of a config: found in prepared_dir, or made there with Ray Data (Ray must be initialised).
 
     prepared_dir: a folder that every node sees. quarantine_path: where the refused records are listed besides the
     data's own folder. num_blocks: tasks that the shards are dealt to; any number gives the same bytes.
+    plan: of these settings, where it was made before; it saves a pass over the sources.
     Raises ConfigError for what the user can fix; DataError when no usable record is left or more than
     max_bad_fraction of them are refused, with the refused ones listed in quarantine_path, or beside the folder.
     """
-    plan = plan_preparation(config, tokenizer_path, revision, seed)
+    plan = plan or plan_preparation(config, tokenizer_path, revision, seed)
     root = _local(prepared_dir)
     final = root / plan.folder_name
     beside = root / f"{final.name}.{QUARANTINE_NAME}"
@@ -158,6 +160,7 @@ def _map(function: Callable[[Job], Result], jobs: Sequence[Job], num_blocks: int
 
     if not jobs:
         return []
+    _quiet_ray_data()
     blocks = num_blocks or 4 * max(1, int(ray.cluster_resources().get("CPU", 1) / TASK_NUM_CPUS))
     # Bytes, because Ray Data would make Arrow structs of nested values and unify them over jobs.
     items = [{"index": index, "job": pickle.dumps(job)} for index, job in enumerate(jobs)]
@@ -169,6 +172,14 @@ def _map(function: Callable[[Job], Result], jobs: Sequence[Job], num_blocks: int
     if failed:
         raise failed[0]
     return [results[index] for index in range(len(jobs))]
+
+
+def _quiet_ray_data() -> None:
+    """Keep Ray Data's announcements, and its advice on the bars that are off, out of the terminal and in its log."""
+    for handler in logging.getLogger("ray.data").handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
 
 
 def _run_job(function: Callable[[Any], Any], row: dict[str, Any]) -> dict[str, Any]:

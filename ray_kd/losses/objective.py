@@ -53,7 +53,9 @@ def make_objective(
     log-probabilities were taken at, None for `temperature`. Raises ValueError for every refused value or combination.
     """
     if tail not in TAILS:
-        raise ConfigError(f"loss.tail: unknown tail '{tail}'{plugins.nearest(str(tail), TAILS)}. {_allowed(TAILS)}")
+        raise ConfigError(
+            f"loss.tail: unknown tail '{tail}'{plugins.nearest(str(tail), TAILS) or '.'} {_allowed(TAILS)}"
+        )
     payload_temperature = temperature if payload_temperature is None else payload_temperature
     for name, value in (("temperature", temperature), ("payload_temperature", payload_temperature)):
         if not (value > 0 and math.isfinite(value)):
@@ -76,11 +78,11 @@ def make_objective(
 def _find(divergence: str | Mapping[str, Any] | Any, beta: float) -> tuple[str, Callable[..., Any], Any]:
     """The kind, function and Config of a divergence given in any of its three forms."""
     if isinstance(divergence, str):
-        module = plugins.load(GROUP, divergence)
+        module = plugins.load(GROUP, divergence, "loss.divergence")
         return divergence, module.divergence, module.Config(**_beta_if_taken(module.Config, beta))
     if isinstance(divergence, Mapping):
         kind = str(divergence.get("kind"))
-        given = _beta_if_taken(plugins.load(GROUP, kind).Config, beta) | dict(divergence)
+        given = _beta_if_taken(plugins.load(GROUP, kind, "loss.divergence").Config, beta) | dict(divergence)
         module, config = plugins.options(GROUP, given, "loss.divergence")
         return kind, module.divergence, config
     module = sys.modules[type(divergence).__module__]

@@ -10,14 +10,14 @@ from ray_kd import schema
 from ray_kd.models import Head, check_architecture, decoder_hidden, load_causal_lm
 from ray_kd.payloads.topk_logprobs import TopKLogprobs
 from ray_kd.teacher.engine import TOPK_LOGPROBS, Request, RowError, Rows, check_request, rows_in
-from ray_kd.teacher.topk import CHUNK_SIZE, topk_logprobs
+from ray_kd.teacher.topk import topk_logprobs
 
 
 @dataclass
 class Config:
     """Options of `teacher.engine: {kind: hf}`."""
 
-    chunk_size: int = CHUNK_SIZE
+    chunk_size: int = 256
     """Target tokens per head product; [chunk_size, vocabulary] logits exist at a time."""
 
 
