@@ -1,5 +1,6 @@
 """Prepared data of random documents, written in milliseconds without Ray: for tests of what comes after it."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ def random_rows(num_rows: int, length: int, vocab: int, seed: int = 0) -> dict[s
     labels = input_ids.copy()
     for row in range(num_rows):
         cuts = [0, *sorted(rng.choice(np.arange(3, length - 2), size=2, replace=False).tolist()), length]
-        for start, stop in zip(cuts[:-1], cuts[1:], strict=True):
+        for start, stop in itertools.pairwise(cuts):
             position_ids[row, start:stop] = np.arange(stop - start)
             labels[row, start : start + 2] = schema.IGNORED_LABEL
         if row % 2:  # padding: the last document

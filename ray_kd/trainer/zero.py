@@ -1,4 +1,4 @@
-"""Everything about training that knows DeepSpeed: its configuration, the loss scaling, the step and the full weights.
+"""Everything about training that knows DeepSpeed: its configuration, the loss scaling, the step.
 
     engine = initialize(module, deepspeed_config(...), learning_rate=2e-4)
     for each step:
@@ -18,14 +18,13 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import nn
 
-from ray_kd.trainer.fragments import inner_optimizer, master_twins
+from ray_kd.trainer.fragments import inner_optimizer
 
 _MUON = "deepspeed.runtime.zero.muon.original_muon"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -204,25 +203,3 @@ def _step_unwrapped(engine: Any) -> tuple[float, bool]:
     engine.global_samples += engine.train_batch_size()
     engine.micro_steps += 1
     return norm, False
-
-
-def full_parameters(
-    engine: Any, module: nn.Module, *, master: bool = False
-) -> Iterator[tuple[str, torch.Tensor | None]]:
-    """(name, whole parameter on the CPU | None on ranks other than 0), one at a time, frozen ones included.
-
-    master: the fp32 weights the optimizer steps on; else the working weights, in their dtype. A tied parameter comes
-    once. Collective: every rank must run the iterator to its end. Costs one whole parameter on each rank's device.
-    """
-    deepspeed = import_deepspeed()
-    is_writer = torch.distributed.get_rank() == 0
-    twins = master_twins(engine) if engine.zero_optimization_stage() == 0 else {}
-    for name, p in module.named_parameters():
-        value = None
-        if master and p.requires_grad:
-            value = twins[id(p)] if twins else deepspeed.utils.safe_get_full_fp32_param(p)
-        with deepspeed.zero.GatheredParameters([p], enabled=value is None and hasattr(p, "ds_id")):
-            source = (p if value is None else value).detach()
-            dtype = torch.float32 if master else source.dtype
-            copy = source.to("cpu", dtype, copy=True) if is_writer else None
-        yield name, copy

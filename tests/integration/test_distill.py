@@ -1,6 +1,7 @@
 """The distill job from records to a model folder, on a real Ray, with tiny models."""
 
 import hashlib
+import itertools
 import json
 
 import numpy as np
@@ -139,7 +140,7 @@ def test_payloads_line_up_with_a_plain_forward(finished, jobs):
         expected = []
         targets = target_positions(rows[LABELS][row], rows[POSITION_IDS][row])
         starts = [*np.flatnonzero(rows[POSITION_IDS][row] == 0), len(targets)]
-        for start, stop in zip(starts[:-1], starts[1:], strict=True):
+        for start, stop in itertools.pairwise(starts):
             with torch.no_grad():
                 logits = model(torch.from_numpy(rows[INPUT_IDS][row][None, start:stop].astype(np.int64))).logits[0]
             expected.extend(logits.argmax(dim=-1)[torch.from_numpy(targets[start:stop])].tolist())

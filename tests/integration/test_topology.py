@@ -19,7 +19,9 @@ def plain(jobs):
     ("stage", "workers"), [(1, 1), (2, 1), (3, 1), (0, 2), (2, 2), (3, 2)], ids=lambda value: str(value)
 )
 def test_stages_and_ranks_agree(jobs, plain, stage, workers):
-    job = jobs.distill(f"stage{stage}-{workers}", *SETTINGS, f"train.zero_stage={stage}", f"train.num_workers={workers}")
+    job = jobs.distill(
+        f"stage{stage}-{workers}", *SETTINGS, f"train.zero_stage={stage}", f"train.num_workers={workers}"
+    )
     assert job.exit_code == 0, job.stderr
     for ours, theirs in zip(job.metrics, plain.metrics, strict=True):
         assert ours["data/row_ids_sha256"] == theirs["data/row_ids_sha256"]

@@ -9,6 +9,7 @@ import os
 import random
 import sys
 import traceback
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,28 @@ class Tiny(nn.Module):
         h = h * F.pad(self.five, (0, WIDTH - 5), value=1.0)
         logits = self.head(self.dropout(h)[labels >= 0])
         return F.cross_entropy(logits.float(), labels[labels >= 0], reduction="sum") * scale
+
+
+def full_parameters(
+    engine: Any, module: nn.Module, *, master: bool = False
+) -> Iterator[tuple[str, torch.Tensor | None]]:
+    """(name, whole parameter on the CPU | None on ranks other than 0), one at a time, frozen ones included.
+
+    master: the fp32 weights the optimizer steps on; else the working weights, in their dtype. A tied parameter comes
+    once. Collective: every rank must run the iterator to its end. Costs one whole parameter on each rank's device.
+    """
+    deepspeed = zero.import_deepspeed()
+    is_writer = torch.distributed.get_rank() == 0
+    twins = fragments.master_twins(engine) if engine.zero_optimization_stage() == 0 else {}
+    for name, p in module.named_parameters():
+        value = None
+        if master and p.requires_grad:
+            value = twins[id(p)] if twins else deepspeed.utils.safe_get_full_fp32_param(p)
+        with deepspeed.zero.GatheredParameters([p], enabled=value is None and hasattr(p, "ds_id")):
+            source = (p if value is None else value).detach()
+            dtype = torch.float32 if master else source.dtype
+            copy = source.to("cpu", dtype, copy=True) if is_writer else None
+        yield name, copy
 
 
 def micro_batches(step: int, total: int, ragged: bool) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -114,7 +137,7 @@ def rate(step: int) -> float:
 
 
 def dump(engine: Any, path: str, master: bool = True) -> None:
-    weights = dict(zero.full_parameters(engine, engine.module, master=master))
+    weights = dict(full_parameters(engine, engine.module, master=master))
     if torch.distributed.get_rank() == 0:
         save_file(weights, path)
     else:

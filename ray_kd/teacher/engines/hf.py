@@ -85,7 +85,7 @@ class Engine:
             return torch.empty(0, weight.shape[1], dtype=weight.dtype, device=weight.device)
         hidden = decoder_hidden(
             self._model,
-            torch.from_numpy(np.ascontiguousarray(rows[schema.INPUT_IDS])).to(weight.device),
-            torch.from_numpy(np.ascontiguousarray(rows[schema.POSITION_IDS])).to(weight.device),
+            torch.tensor(rows[schema.INPUT_IDS], device=weight.device),
+            torch.tensor(rows[schema.POSITION_IDS], device=weight.device),
         )
         return hidden[torch.from_numpy(targets).to(weight.device)]

@@ -1,5 +1,7 @@
 """Learning rates by hand."""
 
+import itertools
+
 import pytest
 
 from ray_kd.trainer.schedule import SCHEDULES, learning_rate
@@ -19,7 +21,7 @@ def test_decay():
     assert rates("linear")[4:] == pytest.approx([1 - i / 8 for i in range(8)])
     cosine = rates("cosine")[4:]
     assert cosine[4] == pytest.approx(0.5)
-    assert all(a > b > 0 for a, b in zip(cosine, cosine[1:], strict=False))
+    assert all(a > b > 0 for a, b in itertools.pairwise(cosine))
 
 
 def test_a_warm_up_longer_than_the_run_only_warms_up():
