@@ -84,13 +84,11 @@ def prepare_data(argv: list[str]) -> int:
         return EXIT_DONE
     _start_logging(config)
     from ray_kd import cluster, models, pipeline, validate
-    from ray_kd.data.manifest import report
 
     validate.check_data(config)
     models.check_model(config.teacher.model, config.teacher.revision, "teacher")
     with cluster.connected(config):
         prepared = pipeline.prepare(config)
-    print(report(prepared.manifest))
     print(f"prepared: {prepared.folder}")
     return EXIT_DONE
 

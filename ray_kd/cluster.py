@@ -104,6 +104,7 @@ def connected(config: RunConfig) -> Iterator[None]:
     import ray
 
     where = address(config)
+    logger.info("starting a local Ray" if where is None else f"joining the Ray cluster at {where}")
     try:
         if where is None:
             ray.init(
@@ -111,18 +112,28 @@ def connected(config: RunConfig) -> Iterator[None]:
                 num_cpus=-int(-Demand.of(config).num_cpus // 1),
                 include_dashboard=bool(config.cluster.dashboard),
                 log_to_driver=False,
-                logging_level=logging.WARNING,
+                logging_level=logging.ERROR,
             )
         else:
-            ray.init(address=where, log_to_driver=False, logging_level=logging.WARNING)
+            ray.init(address=where, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError) as error:
         raise ConfigError(f"cannot join the Ray cluster '{where}': {str(error).splitlines()[0]}") from error
     try:
+        _quiet_console()
         if where is not None:
             _wait_for_resources(Demand.of(config).minimum(config), config.cluster.wait_s)
         yield
     finally:
         ray.shutdown()
+
+
+def _quiet_console() -> None:
+    """Ray Data's messages stay in its own log files; the terminal has our progress line."""
+    import ray.data  # configures the logger
+
+    for handler in logging.getLogger(ray.data.__name__).handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setLevel(logging.ERROR)
 
 
 def _wait_for_resources(demand: Demand, wait_s: float) -> None:

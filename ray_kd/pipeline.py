@@ -83,9 +83,10 @@ def prepare(config: RunConfig, quarantine_path: Path | None = None, plan: "Plan 
 
     Raises DataError when nothing usable is left or too many records are bad.
     """
+    from ray_kd.data.manifest import report
     from ray_kd.data.prepare import prepare as prepare_data
 
-    return prepare_data(
+    prepared = prepare_data(
         config.data,
         tokenizer_path=config.teacher.model,
         revision=config.teacher.revision,
@@ -94,6 +95,8 @@ def prepare(config: RunConfig, quarantine_path: Path | None = None, plan: "Plan 
         quarantine_path=quarantine_path,
         plan=plan,
     )
+    logger.info("%s", report(prepared.manifest))
+    return prepared
 
 
 def _plan(config: RunConfig) -> "Plan":
@@ -246,7 +249,8 @@ def _fit(
     config: RunConfig, run_dir: Path, prepared: PreparedData, order: SlotOrder, student_path: str, vocab_size: int
 ) -> None:
     """Train to the last step. Raises RetryableError when the run was stopped before it."""
-    if _trained_steps(run_dir) == order.num_steps:
+    steps = _trained_steps(run_dir)
+    if steps == order.num_steps:
         return
     import ray.data
     import ray.train
@@ -311,6 +315,10 @@ def _fit(
             enable_shard_locality=False,  # ignored with preserve_order
         ),
     )
+    logger.info(
+        "training: step %d to %d, %d rows each, on %d worker(s) and up to %d teacher(s), which load first",
+        steps + 1, order.num_steps, options.global_batch_size, options.num_workers, pool.max_actors,
+    )  # fmt: skip
     progress = Progress(run_dir / METRICS, order.num_steps)
     try:
         launch.fit(trainer.fit, on_poll=progress.update, request_stop=(run_dir / STOP_FLAG).touch)
