@@ -1,0 +1,173 @@
+"""Validation as functions: the combinations that pass, what is only warned about, and the range of every number."""
+
+import logging
+import shutil
+
+import pytest
+
+from ray_kd import config
+from ray_kd.errors import ConfigError
+from ray_kd.validate import check_data, validate
+from tests.tiny import tiny_llama, tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("validate")
+    tiny_llama(folder / "teacher", layers=4, seed=1)
+    tiny_llama(folder / "student", layers=2, seed=2)
+    (folder / "train.jsonl").write_text("{}\n")
+    return folder
+
+
+@pytest.fixture
+def load(workplace):
+    """The config with overrides."""
+
+    def loaded(*overrides):
+        base = [f"run.dir={workplace}/run", f"data.source={{kind: jsonl, paths: [{workplace}/train.jsonl]}}",
+                f"teacher.model={workplace}/teacher", "teacher.top_k=16",
+                f"student.model={workplace}/student"]  # fmt: skip
+        return config.load(None, [*base, *overrides])
+
+    return loaded
+
+
+@pytest.fixture
+def warnings(caplog):
+    """What was warned about so far."""
+    with caplog.at_level(logging.WARNING, logger="ray_kd"):
+        yield lambda: [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_what_is_right_passes_in_silence(load, warnings):
+    learned = validate(load())
+    assert (learned.teacher.num_hidden_layers, learned.student.num_hidden_layers) == (4, 2)
+    assert warnings() == []
+
+
+@pytest.mark.parametrize("layers", ["1", "4", "[0]", "[1,3]"])
+def test_a_student_of_the_teachers_layers_passes(load, warnings, layers):
+    assert validate(load("student.model=null", f"student.init.layers={layers}")).student is None
+    assert warnings() == []
+
+
+def test_the_whole_vocabulary_is_a_top_k(load):
+    validate(load("teacher.top_k=259"))
+
+
+def test_teacher_and_student_the_same_is_one_warning(load, workplace, warnings):
+    validate(load(f"student.model={workplace}/teacher"))
+    assert warnings() == ["teacher and student are the same model: the distillation loss starts at 0"]
+
+
+def test_a_copy_of_the_teacher_is_the_teacher(load, workplace, tmp_path, warnings):
+    shutil.copytree(workplace / "teacher", tmp_path / "copy")
+    validate(load(f"student.model={tmp_path}/copy"))
+    assert len(warnings()) == 1
+
+
+def test_another_role_of_the_same_token_is_one_warning(load, workplace, tmp_path, warnings):
+    shutil.copytree(workplace / "student", tmp_path / "base")
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = "<|endoftext|>"
+    tokenizer.save_pretrained(tmp_path / "base")
+    validate(load(f"student.model={tmp_path}/base"))
+    assert warnings() == ["eos_token is '<|im_end|>' for the teacher and '<|endoftext|>' for the student"]
+
+
+def test_longer_rows_than_positions_are_warned_about(load, warnings):
+    validate(load("data.sequence_length=5000"))
+    assert warnings() == [
+        "data.sequence_length=5000 is more than the teacher's 4096 positions",
+        "data.sequence_length=5000 is more than the student's 4096 positions",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("key", "wrong", "right"),
+    [
+        ("data.sequence_length", "1", "2"),
+        ("data.eval_fraction", "1.0", "0.99"),
+        ("data.eval_fraction", "-0.1", "0"),
+        ("data.max_bad_fraction", "1.1", "1.0"),
+        ("teacher.top_k", "0", "1"),
+        ("teacher.batch_size", "0", "1"),
+        ("teacher.run_ahead_rows", "0", "1"),
+        ("teacher.threads", "0", "null"),
+        ("teacher.dtype", "int8", "bfloat16"),
+        ("teacher.pool.min_actors", "0", "1"),
+        ("teacher.pool.max_actors", "0", "2"),
+        ("teacher.pool.num_cpus", "0", "0.1"),
+        ("teacher.pool.num_gpus", "-1", "0"),
+        ("student.dtype", "auto", "float32"),
+        ("student.liger", "always", "never"),
+        ("loss.chunk_size", "0", "1"),
+        ("loss.temperature", "0", "0.5"),
+        ("loss.kd_weight", "-1", "0.5"),
+        ("loss.ce_weight", ".inf", "0.5"),
+        ("train.num_workers", "0", "2"),
+        ("train.cpus_per_worker", "0", "0.1"),
+        ("train.gpus_per_worker", "-1", "0"),
+        ("train.zero_stage", "-1", "3"),
+        ("train.micro_batch_size", "0", "8"),
+        ("train.global_batch_size", "0", "1"),
+        ("train.epochs", "0", "1"),
+        ("train.max_steps", "0", "null"),
+        ("train.learning_rate", "0", "1.0e-9"),
+        ("train.learning_rate", ".inf", "1"),
+        ("train.schedule", "cos", "cosine"),
+        ("train.warmup_steps", "-1", "0"),
+        ("train.weight_decay", "-1", "0"),
+        ("train.weight_decay", ".nan", "0.1"),
+        ("train.max_grad_norm", "-1", "0"),
+        ("train.checkpoint_every", "-1", "0"),
+        ("train.keep_checkpoints", "0", "1"),
+        ("train.eval_every", "-1", "0"),
+        ("train.log_every", "0", "1"),
+        ("train.max_failures", "-1", "0"),
+        ("train.threads_per_worker", "0", "1"),
+        ("train.timeout_s", "0", "1"),
+        ("eval.max_rows", "-1", "0"),
+        ("eval.batch_size", "0", "1"),
+        ("eval.max_new_tokens", "0", "1"),
+        ("cluster.wait_s", "-1", "0"),
+        ("run.seed", "-1", "0"),
+    ],
+)
+def test_every_number_and_choice_has_its_range(load, key, wrong, right):
+    with pytest.raises(ConfigError, match=rf"^{key}\b") as error:
+        validate(load(f"{key}={wrong}"))
+    assert "\n" not in str(error.value)
+    validate(load(f"{key}={right}"))
+
+
+def test_the_largest_pool_is_not_below_the_smallest(load):
+    with pytest.raises(ConfigError, match=r"max_actors is 2: allowed is teacher\.pool\.min_actors=3 or more"):
+        validate(load("teacher.pool.min_actors=3", "teacher.pool.max_actors=2"))
+
+
+@pytest.mark.parametrize("tail", ["bucket", "renormalize", "drop"])
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd", "gkd"])
+def test_dropping_the_tail_is_for_forward_kl(load, divergence, tail):
+    given = load(f"loss.divergence={divergence}", f"loss.tail={tail}")
+    if tail != "drop" or divergence == "forward_kl":
+        validate(given)
+        return
+    with pytest.raises(ConfigError, match=rf"^loss\.tail: 'drop' is ill-posed with the divergence '{divergence}'"):
+        validate(given)
+
+
+def test_gpus_of_a_cluster_are_not_looked_for_here(load, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(ConfigError, match=r"needs 65 GPUs .*train\.gpus_per_worker=32 x 2.*teacher\.pool\.num_gpus=1"):
+        validate(load("train.gpus_per_worker=32", "train.num_workers=2", "teacher.pool.num_gpus=1"))
+    validate(load("train.gpus_per_worker=32", "cluster.address=10.0.0.1:6379"))
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    validate(load("teacher.pool.num_gpus=64"))
+
+
+def test_the_data_section_alone_needs_no_models(load):
+    check_data(load("teacher.model=/nowhere", "student.model=/nowhere"))
+    with pytest.raises(ConfigError, match=r"^data\.prepared_dir is 's3://b/p'"):
+        check_data(load("data.prepared_dir=s3://b/p"))
