@@ -99,11 +99,13 @@ def connected(config: RunConfig) -> Iterator[None]:
     needs within `cluster.wait_s`.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Its cleaner cannot choose between several Rays on one machine and says so every few seconds.
-    os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_ACTOR_RECONCILIATION", "0")
+    # Ray Train's minute is too short for a pod that an autoscaler still has to start.
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "600")
     import ray
 
     where = address(config)
+    if where is None:  # nobody preempts this machine: one process less, 3 CPU seconds
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     logger.info("starting a local Ray" if where is None else f"joining the Ray cluster at {where}")
     try:
         if where is None:

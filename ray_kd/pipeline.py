@@ -20,7 +20,7 @@ from ray_kd import checkpoint, cluster, launch, results, run_folder, schema, sum
 from ray_kd.config import Pool, RunConfig
 from ray_kd.data.order import SlotOrder
 from ray_kd.data.prepared import PreparedData
-from ray_kd.errors import RayKDError, RetryableError
+from ray_kd.errors import EXIT_BUG, EXIT_DONE, RayKDError, RetryableError
 from ray_kd.heldout import make_evaluate
 from ray_kd.locks import driver_lock
 from ray_kd.payloads.topk_logprobs import nbytes_per_token
@@ -62,20 +62,21 @@ def distill(config: RunConfig) -> dict[str, Any]:
         content = _content(config, plan)
         run_folder.check_content(run_dir, content)  # before anything is written: the run may be another
         _sweep(run_dir)
-        with cluster.connected(config):
-            prepared = prepare(config, run_dir / QUARANTINE, plan)
-            run_folder.record(run_dir, config, content)
-            order = _order(config, prepared.manifest)
-            _warn(config, order)
-            try:
+        planned = None
+        try:
+            with cluster.connected(config):
+                prepared = prepare(config, run_dir / QUARANTINE, plan)
+                run_folder.record(run_dir, config, content)
+                order = _order(config, prepared.manifest)
+                planned = summary.Planned.of(prepared.manifest, order)
+                _warn(config, order)
                 student_path = _student(config, run_dir, prepared)
                 _fit(config, run_dir, prepared, order, student_path, vocab_size)
                 results.finish(config, run_dir)
-            except BaseException as error:
-                exit_code = error.exit_code if isinstance(error, RayKDError) else 70
-                _write_summary(run_dir, prepared.manifest, order, exit_code)
-                raise
-        return _write_summary(run_dir, prepared.manifest, order, exit_code=0)
+        except BaseException as error:
+            summary.write(run_dir, planned, error.exit_code if isinstance(error, RayKDError) else EXIT_BUG)
+            raise
+        return summary.write(run_dir, planned, EXIT_DONE)
 
 
 def prepare(config: RunConfig, quarantine_path: Path | None = None, plan: "Plan | None" = None) -> PreparedData:
@@ -355,9 +356,3 @@ def _block_rows(rows_per_rank: int, micro_batch_size: int, row_nbytes: int) -> i
 def _trained_steps(run_dir: Path) -> int:
     folder = checkpoint.newest_verified(run_dir / CHECKPOINTS)
     return int(checkpoint.read_state(folder)["step"]) if folder else 0
-
-
-def _write_summary(run_dir: Path, manifest: "Manifest", order: SlotOrder, exit_code: int) -> dict[str, Any]:
-    document = summary.build(run_dir, manifest, order, exit_code)
-    run_folder.write_json(run_dir / run_folder.SUMMARY, document)
-    return document

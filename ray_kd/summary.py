@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,31 @@ from ray_kd.trainer.ledger import Totals
 from ray_kd.trainer.loop import CHECKPOINTS, EVAL_BEFORE, METRICS
 
 
-def build(run_dir: Path, manifest: Manifest, order: SlotOrder, exit_code: int) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Planned:
+    """What the data and the order promise; zeros for a run that failed before it had data."""
+
+    rows_prepared: int = 0
+    rows_planned: int = 0
+    records_quarantined: int = 0
+
+    @classmethod
+    def of(cls, manifest: Manifest, order: SlotOrder) -> "Planned":
+        """From the prepared data and the order of the run."""
+        return cls(manifest.num_rows, order.num_planned_rows, manifest.quarantined)
+
+
+def write(run_dir: Path, planned: Planned | None, exit_code: int) -> dict[str, Any]:
+    """Write summary.json and return it. planned None: an attempt that failed early keeps what an earlier one knew."""
+    path = run_dir / run_folder.SUMMARY
+    known = json.loads(path.read_text(encoding="utf-8")) if planned is None and path.exists() else {}
+    before = Planned(**{field.name: known.get(field.name, 0) for field in fields(Planned)})
+    document = build(run_dir, planned or before, exit_code)
+    run_folder.write_json(path, document)
+    return document
+
+
+def build(run_dir: Path, planned: Planned, exit_code: int) -> dict[str, Any]:
     """The summary of the surviving history: the newest verified checkpoint and what led to it.
 
     Rows are counted from what went through the optimiser (trainer/ledger.py), not from the slots planned; teacher
@@ -28,19 +53,19 @@ def build(run_dir: Path, manifest: Manifest, order: SlotOrder, exit_code: int) -
     attempts = run_dir / run_folder.ATTEMPTS
     starts = len(attempts.read_text().splitlines()) if attempts.exists() else 0
     return {
-        "rows_prepared": manifest.num_rows,
-        "rows_planned": order.num_planned_rows,
+        "rows_prepared": planned.rows_prepared,
+        "rows_planned": planned.rows_planned,
         "rows_consumed": rows_consumed,
-        "rows_missing": order.num_planned_rows - rows_consumed - totals.rows_refused,
+        "rows_missing": planned.rows_planned - rows_consumed - totals.rows_refused,
         "rows_duplicated": totals.rows_duplicated,
         "rows_quarantined": totals.rows_refused,
-        "records_quarantined": manifest.quarantined,
+        "records_quarantined": planned.records_quarantined,
         "teacher_rows_computed": computed,
         "teacher_rows_repeated": repeated,
         "teacher_rows_from_cache": 0,
         "steps": totals.steps,
         "steps_skipped": totals.steps_skipped,
-        "epochs": rows_consumed / manifest.num_rows,
+        "epochs": rows_consumed / max(1, planned.rows_prepared),
         "tokens": totals.tokens,
         "target_tokens": totals.target_tokens,
         "bytes_per_target_token": totals.payload_nbytes / max(1, totals.target_tokens),
