@@ -64,7 +64,7 @@ def distill(config: RunConfig) -> dict[str, Any]:
         _sweep(run_dir)
         planned = None
         try:
-            with cluster.connected(config):
+            with cluster.connected(config), launch.interruptible():  # again: ray.init installs a handler of its own
                 prepared = prepare(config, run_dir / QUARANTINE, plan)
                 run_folder.record(run_dir, config, content)
                 order = _order(config, prepared.manifest)
