@@ -15,9 +15,7 @@ def plain(jobs):
     return job
 
 
-@pytest.mark.parametrize(
-    ("stage", "workers"), [(1, 1), (2, 1), (3, 1), (0, 2), (2, 2), (3, 2)], ids=lambda value: str(value)
-)
+@pytest.mark.parametrize(("stage", "workers"), [(1, 2), (2, 1), (3, 2)], ids=str)
 def test_stages_and_ranks_agree(jobs, plain, stage, workers):
     job = jobs.distill(
         f"stage{stage}-{workers}", *SETTINGS, f"train.zero_stage={stage}", f"train.num_workers={workers}"
