@@ -527,6 +527,7 @@ def test_too_many_bad_records_stop_the_run_with_65(jobs, bad_records):
     listed = done.run_dir / "quarantine.jsonl"
     assert line.endswith(f"all are listed in {listed}")
     assert len(listed.read_text().splitlines()) == 6
+    assert done.summary["exit_code"] == 65
 
 
 @pytest.mark.ray
