@@ -42,6 +42,8 @@ def convert_teacher(out_dir: Path) -> bool:
     """
     if (out_dir / "config.json").is_file():
         return False
+    os.environ.setdefault("TQDM_DISABLE", "1")  # the conversion has a bar of its own
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # saving a model imports deepspeed, which would warn of no GPU
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     from transformers.utils import logging

@@ -219,7 +219,7 @@ def _stream(spec: _StreamSpec) -> "ray.data.Dataset":
     """The rest of the run as one ordered dataset: from the slot after the newest verified checkpoint to the last."""
     import ray.data
 
-    from ray_kd.data.stream import ordered_rows
+    from ray_kd.data.stream import PausedSteps, ordered_rows
 
     run_dir = Path(spec.run_dir)
     newest = checkpoint.newest_verified(run_dir / CHECKPOINTS)
@@ -230,6 +230,7 @@ def _stream(spec: _StreamSpec) -> "ray.data.Dataset":
     # The controller has a DataContext of its own: what the driver set does not reach it.
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
+    context.custom_execution_callback_classes = [PausedSteps]
     context.execution_options.preserve_order = True
     context.execution_options.label_selector = spec.pool.label_selector or None
     rows = ordered_rows(spec.order, spec.prepared_dir, start_slot=start_slot, block_rows=spec.block_rows)
