@@ -165,13 +165,19 @@ def sweep(root: Path) -> list[str]:
     return [path.name for path in orphans]
 
 
-def rotate(root: Path, keep_last: int, keep: Collection[int] = ()) -> list[int]:
-    """Delete all checkpoints but the newest keep_last and the steps in keep. Returns the steps deleted."""
+def rotate(root: Path, newest: int, keep_last: int, keep: Collection[int] = ()) -> list[int]:
+    """Delete all checkpoints but step newest, the keep_last - 1 before it and those in keep; returns the deleted.
+
+    newest: the step just committed. Later ones are of a history that was given up (they did not verify), and would
+    otherwise count as the newest and push the good ones out.
+    """
     if keep_last < 1:
         raise ValueError(f"keep_last is {keep_last}, it must be at least 1")
+    committed = _committed(root)
+    kept = [step for step, _ in committed if step <= newest][-keep_last:]
     deleted = []
-    for step, folder in _committed(root)[:-keep_last]:
-        if step not in keep:
+    for step, folder in committed:
+        if step not in kept and (step > newest or step not in keep):
             _discard(folder)
             deleted.append(step)
     return deleted

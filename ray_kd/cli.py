@@ -83,11 +83,11 @@ def prepare_data(argv: list[str]) -> int:
     if config is None:
         return EXIT_DONE
     _start_logging(config)
-    from ray_kd import cluster, models, pipeline, validate
+    from ray_kd import cluster, launch, models, pipeline, validate
 
     validate.check_data(config)
     models.check_model(config.teacher.model, config.teacher.revision, "teacher")
-    with cluster.connected(config):
+    with cluster.connected(config, trains=False), launch.interruptible():
         prepared = pipeline.prepare(config)
     print(f"prepared: {prepared.folder}")
     return EXIT_DONE

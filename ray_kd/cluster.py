@@ -6,10 +6,12 @@ ever for the CPU that its repartition takes. Threads come from physical cores in
 
 import logging
 import os
+import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from ray_kd.config import RunConfig
 from ray_kd.errors import ConfigError, RetryableError
@@ -35,15 +37,8 @@ class Demand:
             num_cpus=train.num_workers * train.cpus_per_worker
             + pool.max_actors * (pool.num_cpus + _READ_CPUS)
             + _REPARTITION_CPUS,
-            num_gpus=train.num_workers * train.gpus_per_worker + pool.min_actors * pool.num_gpus,
+            num_gpus=train.num_workers * train.gpus_per_worker + pool.max_actors * pool.num_gpus,
         )
-
-    def minimum(self, config: RunConfig) -> "Demand":
-        """The same with the pool at its smallest: what an existing cluster must have."""
-        surplus = (config.teacher.pool.max_actors - config.teacher.pool.min_actors) * (
-            config.teacher.pool.num_cpus + _READ_CPUS
-        )
-        return Demand(self.num_cpus - surplus, self.num_gpus)
 
 
 @dataclass(frozen=True)
@@ -87,14 +82,15 @@ def check_local_gpus(config: RunConfig) -> None:
         raise ConfigError(
             f"the layout needs {demand.num_gpus:g} GPUs (train.gpus_per_worker={config.train.gpus_per_worker:g} x "
             f"{config.train.num_workers} workers + teacher.pool.num_gpus={config.teacher.pool.num_gpus:g} x "
-            f"{config.teacher.pool.min_actors} actors) and this machine has {found}: set them to 0, or join a cluster"
+            f"{config.teacher.pool.max_actors} actors) and this machine has {found}: set them to 0, or join a cluster"
         )
 
 
 @contextmanager
-def connected(config: RunConfig) -> Iterator[None]:
+def connected(config: RunConfig, *, trains: bool = True) -> Iterator[None]:
     """Ray for the length of the run: joins the configured cluster, or starts a local one and stops it afterwards.
 
+    trains: whether the whole layout is needed; data preparation takes what there is.
     Raises ConfigError when the cluster cannot be reached, RetryableError when it does not have what the layout
     needs within `cluster.wait_s`.
     """
@@ -122,8 +118,8 @@ def connected(config: RunConfig) -> Iterator[None]:
         raise ConfigError(f"cannot join the Ray cluster '{where}': {str(error).splitlines()[0]}") from error
     try:
         _quiet_console()
-        if where is not None:
-            _wait_for_resources(Demand.of(config).minimum(config), config.cluster.wait_s)
+        if where is not None and trains:
+            _wait_for_resources(Demand.of(config), config.cluster.wait_s)
         yield
     finally:
         ray.shutdown()
@@ -155,3 +151,40 @@ def _wait_for_resources(demand: Demand, wait_s: float) -> None:
         logger.info("waiting for the cluster: %g of %g CPUs, %g of %g GPUs",
                     num_cpus, demand.num_cpus, num_gpus, demand.num_gpus)  # fmt: skip
         time.sleep(2.0)
+
+
+def check_shared(folder: Path, timeout_s: float) -> None:
+    """Prove that every node sees the folder, by a file that a task on each of them reads.
+
+    Raises ConfigError naming the nodes that do not, RetryableError when a node does not answer in time.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    if len(nodes) < 2:
+        return
+    token = secrets.token_hex(8)
+    probe = folder / f".probe-{token}"
+    probe.write_text(token)
+    read = ray.remote(num_cpus=0)(_reads)
+    try:
+        pending = {
+            read.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
+                str(probe), token
+            ): node["NodeManagerHostname"]
+            for node in nodes
+        }
+        seen = dict(zip(pending.values(), ray.get(list(pending), timeout=timeout_s), strict=True))
+    except ray.exceptions.GetTimeoutError:
+        raise RetryableError(f"a node did not answer within {timeout_s:g} s whether it sees '{folder}'") from None
+    finally:
+        probe.unlink()
+    blind = [name for name, is_seen in seen.items() if not is_seen]
+    if blind:
+        raise ConfigError(f"run.dir '{folder}' is not on storage that all nodes share: not seen on {', '.join(blind)}")
+
+
+def _reads(path: str, token: str) -> bool:
+    """Whether this node finds the token in the file."""
+    return Path(path).exists() and Path(path).read_text() == token

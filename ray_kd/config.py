@@ -138,7 +138,7 @@ class Train:
     cpus_per_worker: float = 0.5
     """Logical CPUs per worker."""
     gpus_per_worker: float = 0
-    """GPUs per worker; 0 trains on CPU."""
+    """GPUs per worker: 0 (trains on CPU) or 1."""
     label_selector: dict[str, str] = field(default_factory=dict)
     """Ray node labels that a worker's node must carry, for example {ray-kd.io/pool: student}."""
     zero_stage: int = 2
@@ -173,8 +173,10 @@ class Train:
     """Worker-group restarts before the run gives up; each goes on from the newest checkpoint."""
     threads_per_worker: int | None = None
     """CPU threads per worker. Default: physical cores shared out between teachers and workers."""
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+    """Entries put over DeepSpeed's generated configuration, for example {wall_clock_breakdown: true}."""
     timeout_s: float = 1800.0
-    """Longest wait for a collective operation or for the next rows before the attempt fails."""
+    """Longest wait for a collective operation, the next rows or the student's init before the attempt fails."""
 
 
 @dataclass
@@ -183,6 +185,8 @@ class Eval:
     """Held-out rows used, the same each time; 0 uses all."""
     batch_size: int = 4
     """Rows per forward in evaluation."""
+    kl: str = "exact"
+    """exact: whole vocabulary, with the teacher's weights beside the student | topk: its top k and a bucket."""
     prompts: list[str] = field(default_factory=list)
     """Prompts the student answers before and after training, shown at the end of the run."""
     max_new_tokens: int = 48

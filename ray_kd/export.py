@@ -28,6 +28,7 @@ def write_final(
     *,
     config: PreTrainedConfig,
     tokenizer_path: str,
+    revision: str | None = None,
     dtype: str,
     card: str,
     max_shard_bytes: int = MAX_SHARD_BYTES,
@@ -44,7 +45,7 @@ def write_final(
         skeleton = AutoModelForCausalLM.from_config(config)
     expected = {name: tensor.shape for name, tensor in skeleton.state_dict().items()}
     tied = set(skeleton.all_tied_weights_keys)
-    tokenizer = load_tokenizer(tokenizer_path)
+    tokenizer = load_tokenizer(tokenizer_path, revision)
     saved_dtype = torch_dtype(dtype)
     assert isinstance(saved_dtype, torch.dtype), f"export needs a dtype, not '{dtype}'"
     config.dtype = saved_dtype
@@ -66,7 +67,7 @@ def write_final(
         with quiet():
             config.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
-            _generation_config(tokenizer_path, config).save_pretrained(partial)
+            _generation_config(tokenizer_path, revision, config).save_pretrained(partial)
         (partial / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -113,11 +114,11 @@ def _metrics_table(metrics: Mapping[str, Mapping[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def _generation_config(path: str, config: PreTrainedConfig) -> GenerationConfig:
-    source = Path(local_folder(path))
-    if (source / "generation_config.json").is_file():
-        return GenerationConfig.from_pretrained(source)
-    return GenerationConfig.from_model_config(config)
+def _generation_config(path: str, revision: str | None, config: PreTrainedConfig) -> GenerationConfig:
+    try:
+        return GenerationConfig.from_pretrained(local_folder(path), revision=revision or "main")
+    except OSError:  # transformers' word for: this model has none
+        return GenerationConfig.from_model_config(config)
 
 
 class _Shards:

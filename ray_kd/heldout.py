@@ -31,6 +31,8 @@ class HeldOut:
     batch_size: int
     teacher: EngineSpec
     top_k: int
+    is_exact: bool
+    """KL over the whole vocabulary where the engine's model can be loaded; else, and without it, top k and a bucket."""
 
 
 def make_evaluate(spec: HeldOut, device: "torch.device") -> Callable[[Any], dict[str, float]]:
@@ -77,7 +79,7 @@ def _targets(spec: HeldOut, rows: dict[str, Any], device: "torch.device") -> "Te
 
     teacher = spec.teacher
     module, _ = plugins.options("teacher.engines", teacher.engine, "teacher.engine")
-    if module.Engine.is_local_model:
+    if spec.is_exact and module.Engine.is_local_model:
         return DenseTargets.compute(
             rows,
             model=teacher.model,

@@ -7,7 +7,7 @@ thread shows progress; the first Ctrl-C or SIGTERM asks the workers to save and 
 import logging
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +21,8 @@ logger = logging.getLogger(__name__)
 _POLL_S = 0.25
 
 
-def fit(run: Callable[[], Any], *, on_poll: Callable[[], None], request_stop: Callable[[], None]) -> None:
-    """Call run (a trainer's fit) and wait for it. on_poll is called a few times a second.
+def fit(run: Callable[[], Any], *, on_poll: Sequence[Callable[[], object]], request_stop: Callable[[], None]) -> None:
+    """Call run (a trainer's fit) and wait for it. The calls of on_poll are made a few times a second.
 
     request_stop is called at the first signal. Raises the mapped error of a failed run, and RetryableError at the
     second signal.
@@ -41,7 +41,8 @@ def fit(run: Callable[[], Any], *, on_poll: Callable[[], None], request_stop: Ca
         thread.start()
         while thread.is_alive():
             thread.join(_POLL_S)
-            on_poll()
+            for call in on_poll:
+                call()
     if outcome[0] is not None:
         raise _mapped(outcome[0]) from outcome[0]
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ray_kd import checkpoint, cluster, launch, results, run_folder, schema, summary
+from ray_kd import checkpoint, cluster, launch, refusal, results, run_folder, schema, summary
 from ray_kd.config import Pool, RunConfig
 from ray_kd.data.order import SlotOrder
 from ray_kd.data.prepared import PreparedData
@@ -40,6 +40,7 @@ logger = logging.getLogger(__name__)
 
 _INFLUENCE_ROWS = 16  # rows on which block influence is measured; the ranking is stable from a few thousand tokens on
 _MAX_BLOCK_NBYTES = 32 * 2**20
+_BLOCKS_A_PROCESS = 4  # being made, in the queue, on the way, being used
 _TASK_RETRIES = 3
 
 
@@ -65,6 +66,7 @@ def distill(config: RunConfig) -> dict[str, Any]:
         planned = None
         try:
             with cluster.connected(config), launch.interruptible():  # again: ray.init installs a handler of its own
+                cluster.check_shared(run_dir, config.train.timeout_s)
                 prepared = prepare(config, run_dir / QUARANTINE, plan)
                 run_folder.record(run_dir, config, content)
                 order = _order(config, prepared.manifest)
@@ -111,7 +113,7 @@ def _sweep(run_dir: Path) -> None:
     for name in checkpoint.sweep(run_dir / CHECKPOINTS):
         logger.info("removed the partial checkpoint %s", name)
     # Ray Train would restore its own list of checkpoints; ours are found by their manifests.
-    for leftover in ("checkpoint_manager_snapshot.json", STOP_FLAG):
+    for leftover in ("checkpoint_manager_snapshot.json", STOP_FLAG, refusal.REFUSAL):
         (run_dir / leftover).unlink(missing_ok=True)
 
 
@@ -176,8 +178,17 @@ def _student(config: RunConfig, run_dir: Path, prepared: PreparedData) -> str:
             num_cpus=pool.num_cpus, num_gpus=pool.num_gpus, label_selector=pool.label_selector or None
         )
         threads = cluster.physical_cores()  # nothing else runs yet
-        layers = ray.get(make.remote(teacher.model, teacher.revision, init.layers, str(prepared.folder), str(folder),
-                                     threads, pool.num_gpus > 0))  # fmt: skip
+        made = make.remote(
+            teacher.model, teacher.revision, init.layers, str(prepared.folder), str(folder), threads, pool.num_gpus > 0
+        )
+        try:
+            layers = ray.get(made, timeout=config.train.timeout_s)
+        except ray.exceptions.GetTimeoutError:
+            raise RetryableError(
+                f"the student's init did not end within train.timeout_s={config.train.timeout_s:g} s: "
+                f"is there a node for teacher.pool ({pool.num_cpus:g} CPUs, {pool.num_gpus:g} GPUs, labels "
+                f"{dict(pool.label_selector)})?"
+            ) from None
         logger.info("student: the teacher's layers %s (%.1f s)", layers, time.perf_counter() - start)
     return str(folder)
 
@@ -236,7 +247,7 @@ def _stream(spec: _StreamSpec) -> "ray.data.Dataset":
     rows = ordered_rows(spec.order, spec.prepared_dir, start_slot=start_slot, block_rows=spec.block_rows)
     return rows.map_batches(
         TeacherStage,
-        fn_constructor_args=(spec.engine, spec.request, str(run_dir / run_folder.TEACHER_JOURNAL)),
+        fn_constructor_args=(spec.engine, spec.request, str(run_dir)),
         batch_size=spec.block_rows,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(min_size=spec.pool.min_actors, max_size=spec.pool.max_actors),
@@ -262,7 +273,19 @@ def _fit(
     threads = cluster.Threads.of(config)
     payload = prepared.manifest.max_targets_per_row * nbytes_per_token(config.teacher.top_k, vocab_size)
     row_nbytes = int(12 * config.data.sequence_length + payload + 128)
-    block_rows = _block_rows(options.global_batch_size // options.num_workers, options.micro_batch_size, row_nbytes)
+    processes = options.num_workers + pool.max_actors
+    block_rows = _block_rows(
+        options.global_batch_size // options.num_workers,
+        options.micro_batch_size,
+        max_rows=min(_MAX_BLOCK_NBYTES // row_nbytes, config.teacher.run_ahead_rows // (_BLOCKS_A_PROCESS * processes)),
+    )
+    # The least that keeps every process busy; below it the stream could starve.
+    run_ahead_rows = max(config.teacher.run_ahead_rows, block_rows * _BLOCKS_A_PROCESS * processes)
+    if run_ahead_rows > config.teacher.run_ahead_rows:
+        logger.warning(
+            "teacher.run_ahead_rows=%d is too few for %d processes of %d-row micro-batches: %d are used",
+            config.teacher.run_ahead_rows, processes, options.micro_batch_size, run_ahead_rows,
+        )  # fmt: skip
     stream = _StreamSpec(
         run_dir=str(run_dir),
         prepared_dir=str(prepared.folder),
@@ -288,8 +311,6 @@ def _fit(
         num_planned_rows=order.num_planned_rows,
         make_evaluate=partial(make_evaluate, held_out) if prepared.manifest.eval_rows else None,
     )
-    # The least that keeps every process busy; below it the stream could starve.
-    run_ahead_rows = max(config.teacher.run_ahead_rows, block_rows * 4 * (options.num_workers + pool.max_actors))
     trainer = TorchTrainer(
         partial(train, spec),
         scaling_config=ray.train.ScalingConfig(
@@ -305,7 +326,10 @@ def _fit(
         run_config=ray.train.RunConfig(
             name=run_dir.name,
             storage_path=str(run_dir.parent),
-            failure_config=ray.train.FailureConfig(max_failures=options.max_failures),
+            failure_config=ray.train.FailureConfig(
+                max_failures=options.max_failures,
+                controller_failure_limit=options.max_failures,  # type: ignore[call-arg] # typed as Train v1's
+            ),
         ),
         datasets={"train": partial(_stream, stream)},
         dataset_config=ray.train.DataConfig(
@@ -323,7 +347,11 @@ def _fit(
     )  # fmt: skip
     progress = Progress(run_dir / METRICS, order.num_steps)
     try:
-        launch.fit(trainer.fit, on_poll=progress.update, request_stop=(run_dir / STOP_FLAG).touch)
+        launch.fit(
+            trainer.fit,
+            on_poll=[progress.update, partial(refusal.raise_reported, run_dir)],
+            request_stop=(run_dir / STOP_FLAG).touch,
+        )
     finally:
         progress.close()
     if (steps := _trained_steps(run_dir)) < order.num_steps:
@@ -342,15 +370,14 @@ def _loss_options(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def _block_rows(rows_per_rank: int, micro_batch_size: int, row_nbytes: int) -> int:
+def _block_rows(rows_per_rank: int, micro_batch_size: int, max_rows: int) -> int:
     """Rows in a block of the stream: the largest multiple of the micro-batch that divides a rank's share of the
-    global batch and fits in memory. Large, since the executor's cost is per block; a divisor, so that the equal
-    split between workers falls on batch edges."""
+    global batch and is at most max_rows, or the micro-batch. Large, since the executor's cost is per block; a divisor,
+    so that the equal split between workers falls on batch edges."""
     fitting = [
-        rows
-        for rows in range(micro_batch_size, rows_per_rank + 1, micro_batch_size)
-        if rows_per_rank % rows == 0 and rows * row_nbytes <= _MAX_BLOCK_NBYTES
-    ]
+        rows for rows in range(micro_batch_size, min(rows_per_rank, max_rows) + 1, micro_batch_size)
+        if rows_per_rank % rows == 0
+    ]  # fmt: skip
     return max(fitting, default=micro_batch_size)
 
 

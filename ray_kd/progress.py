@@ -4,6 +4,7 @@ On a terminal one line is rewritten in place; in a log a line is written now and
 """
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ class Progress:
         self._is_terminal = self._stream.isatty()
         # What is there already is an earlier attempt's.
         self._offset = metrics_path.stat().st_size if metrics_path.exists() else 0
+        self._identity = metrics_path.stat().st_ino if metrics_path.exists() else 0
         self._first: tuple[int, float] | None = None
         self._newest: dict[str, Any] = {}
         self._shown: tuple[int, float] = (0, 0.0)
@@ -53,8 +55,9 @@ class Progress:
         if not self._path.exists():
             return
         with self._path.open("rb") as file:
-            if file.seek(0, 2) < self._offset:  # a resumed worker cut the file
-                self._offset = 0
+            identity = os.fstat(file.fileno()).st_ino
+            if identity != self._identity:  # a resumed worker has put a shorter file in its place
+                self._identity, self._offset = identity, self._offset if self._identity == 0 else 0
             file.seek(self._offset)
             for line in file:
                 if not line.endswith(b"\n"):

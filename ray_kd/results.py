@@ -54,8 +54,11 @@ def export(config: RunConfig, out_dir: Path, *, step: int | None = None, dtype: 
     write_final(
         out_dir,
         read_parameters(folder, prefix="student."),
-        config=AutoConfig.from_pretrained(models.local_folder(student_path), trust_remote_code=False),
+        config=AutoConfig.from_pretrained(
+            models.local_folder(student_path), revision=config.student.revision, trust_remote_code=False
+        ),
         tokenizer_path=student_path,
+        revision=config.student.revision,
         dtype=dtype or config.student.dtype,
         card=_card(config, run_dir),
     )
@@ -94,9 +97,9 @@ def sample(config: RunConfig, final: str) -> list[dict[str, str]]:
     torch.set_num_threads(cluster.physical_cores())
     document = checkpoint.read_state(_checkpoint(run_folder.run_dir(config), step=None))
     answers = []
-    for path in (document["state"]["student_path"], final):
-        model = models.load_causal_lm(path, dtype="float32")
-        tokenizer = models.load_tokenizer(path)
+    for path, revision in ((document["state"]["student_path"], config.student.revision), (final, None)):
+        model = models.load_causal_lm(path, revision, dtype="float32")
+        tokenizer = models.load_tokenizer(path, revision)
         answers.append(generate_samples(model, tokenizer, config.eval.prompts, config.eval.max_new_tokens))
     return [
         {"prompt": prompt, "before": before, "after": after}
@@ -115,6 +118,7 @@ def held_out(
         batch_size=config.eval.batch_size,
         teacher=teacher.on(on_gpu),
         top_k=config.teacher.top_k,
+        is_exact=config.eval.kl == "exact",
     )
 
 
@@ -158,7 +162,7 @@ def _card(config: RunConfig, run_dir: Path) -> str:
     return model_card(
         teacher=config.teacher.model,
         teacher_identity=content["teacher weights"],
-        student_init=f"{init.layers} layers of the teacher by {init.select}"
+        student_init=_init_in_words(init.layers, init.select)
         if init
         else f"{config.student.model} ({content['student weights']})",
         data_identity=f"prepared data {content['prepared data']}",
@@ -168,6 +172,14 @@ def _card(config: RunConfig, run_dir: Path) -> str:
         },
         config_yaml=to_yaml(config),
         metrics=summary.evaluation(run_dir),
+    )
+
+
+def _init_in_words(layers: Any, select: str) -> str:
+    return (
+        f"layers {layers} of the teacher"
+        if isinstance(layers, list)
+        else f"{layers} of the teacher's layers ({select})"
     )
 
 

@@ -20,7 +20,6 @@ from ray_kd.errors import ConfigError
 CONFIG = "config.yaml"
 IDENTITY = "run.json"
 ATTEMPTS = "attempts.jsonl"
-TEACHER_JOURNAL = "teacher"
 SUMMARY = "summary.json"
 FINAL = "final"
 SAMPLES = "samples.json"

@@ -49,7 +49,7 @@ def build(run_dir: Path, planned: Planned, exit_code: int) -> dict[str, Any]:
     state = checkpoint.read_state(folder)["state"]["ledger"] if folder else None
     totals = Totals(**state["totals"]) if state else Totals()
     rows_consumed = int(state["rows_consumed"]) if state else 0
-    computed, repeated = count_rows(run_dir / run_folder.TEACHER_JOURNAL)
+    computed, repeated = count_rows(run_dir)
     attempts = run_dir / run_folder.ATTEMPTS
     starts = len(attempts.read_text().splitlines()) if attempts.exists() else 0
     return {

@@ -24,11 +24,13 @@ _CHOICES = {
     "teacher.dtype": ("auto", "float32", "bfloat16", "float16"),
     "train.schedule": ("cosine", "linear", "constant"),
     "train.zero_stage": (0, 1, 2, 3),
+    "train.gpus_per_worker": (0, 1),
+    "eval.kl": ("exact", "topk"),
 }
 _AT_LEAST = {
     "data.sequence_length": 2, "teacher.top_k": 1, "teacher.batch_size": 1, "teacher.run_ahead_rows": 1,
     "teacher.threads": 1, "teacher.pool.min_actors": 1, "teacher.pool.max_actors": 1, "teacher.pool.num_gpus": 0,
-    "loss.chunk_size": 1, "train.num_workers": 1, "train.gpus_per_worker": 0, "train.micro_batch_size": 1,
+    "loss.chunk_size": 1, "train.num_workers": 1, "train.micro_batch_size": 1,
     "train.global_batch_size": 1, "train.epochs": 1, "train.max_steps": 1, "train.warmup_steps": 0,
     "train.weight_decay": 0, "train.max_grad_norm": 0, "train.checkpoint_every": 0, "train.keep_checkpoints": 1,
     "train.eval_every": 0, "train.log_every": 1, "train.max_failures": 0, "train.threads_per_worker": 1,
@@ -86,6 +88,7 @@ def _check_values(config: RunConfig) -> None:
 
 
 def _check_combinations(config: RunConfig) -> None:
+    _require(config.run.seed < 2**32, "run.seed", config.run.seed, "0 up to below 2**32")
     train, pool = config.train, config.teacher.pool
     _require(pool.max_actors >= pool.min_actors, "teacher.pool.max_actors", pool.max_actors,
              f"teacher.pool.min_actors={pool.min_actors} or more")  # fmt: skip

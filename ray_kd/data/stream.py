@@ -76,7 +76,8 @@ class _SlotWindows(Datasource):
         slots = order.num_slots - start_slot
         window = max(_MIN_WINDOW_SLOTS, -(-slots // _MAX_WINDOWS))
         window = -(-window // block_rows) * block_rows
-        edges = [*range(start_slot, order.num_slots, window), order.num_slots]
+        # One empty window when nothing is left: the last worker died after its last checkpoint.
+        edges = [*(range(start_slot, order.num_slots, window) or [start_slot]), order.num_slots]
         self.windows = list(itertools.pairwise(edges))
 
     def get_name(self) -> str:

@@ -65,7 +65,12 @@ class DenseHead:
             return sums, None
         if gradients.weight is not None:
             # beta 0 on the first chunk overwrites: no pass to zero a gradient as large as the head.
-            gradients.weight.addmm_(logits.t(), hidden, beta=0 if self.is_first else 1)
+            if gradients.weight.dtype == hidden.dtype:
+                gradients.weight.addmm_(logits.t(), hidden, beta=0 if self.is_first else 1)
+            elif self.is_first:
+                gradients.weight.copy_(logits.t() @ hidden)
+            else:
+                gradients.weight.add_(logits.t() @ hidden)
         if gradients.bias is not None:
             gradients.bias.add_(logits.sum(0, dtype=self.dtype))
         self.is_first = False

@@ -88,7 +88,8 @@ def fused_linear_kd_loss(
     if validate or hidden.device.type == "cpu":
         _check_values(targets, lm_head_weight.shape[0], look_for_repeats=validate)
 
-    plan = _Plan(objective, targets, kept_rows, _scale(num_here, num_valid_tokens), chunk_size)
+    scale, scales_late = _scale(num_here, num_valid_tokens), hidden.dtype == torch.float16
+    plan = _Plan(objective, targets, kept_rows, scale, scales_late, chunk_size)
     head = (hidden, lm_head_weight, lm_head_bias)
     with torch.autocast(hidden.device.type, enabled=False):
         if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in head):
@@ -109,6 +110,9 @@ class _Plan:
     """The rows of hidden that the targets belong to; None: all of them."""
     scale: float | Tensor
     """1 / n."""
+    scales_late: bool
+    """Whether 1 / n is applied in backward, together with its factor, and not before the gradients are rounded: in
+    float16 most of them would be zero by then, and no loss scale could bring them back."""
     chunk_size: int
 
     def run(
@@ -121,11 +125,14 @@ class _Plan:
         grad_hidden = hidden.new_zeros(hidden.shape) if needs[0] else None
         is_sparse = objective.ignores_rest and objective.ce_weight == 0 and targets.teacher_ids.shape[1] < vocab_size
         new_weight_grad = weight.new_zeros if is_sparse or num_rows == 0 else weight.new_empty
+        # A float16 sum over many tokens that waits for its 1 / n could overflow.
+        weight_grad_dtype = dtype if self.scales_late else weight.dtype
         gradients = HeadGradients(
-            weight=new_weight_grad(weight.shape) if needs[1] else None,
+            weight=new_weight_grad(weight.shape, dtype=weight_grad_dtype) if needs[1] else None,
             bias=weight.new_zeros(vocab_size, dtype=dtype) if needs[2] else None,
         )
-        head = (SparseHead if is_sparse else DenseHead)(weight, bias, objective, self.scale, dtype)
+        scale = 1.0 if self.scales_late else self.scale
+        head = (SparseHead if is_sparse else DenseHead)(weight, bias, objective, scale, dtype)
         chunk_size = min(self.chunk_size, MAX_ROWS) if is_sparse else self.chunk_size
 
         sums = hidden.new_zeros(4, dtype=dtype)
@@ -140,7 +147,9 @@ class _Plan:
         loss = objective.kd_weight * sums[0]
         if objective.ce_weight:
             loss = loss + objective.ce_weight * sums[1]
-        grad_bias = gradients.bias.to(weight.dtype) if gradients.bias is not None else None
+        grad_bias = gradients.bias
+        if grad_bias is not None and not self.scales_late:
+            grad_bias = grad_bias.to(weight.dtype)
         return loss, sums, (grad_hidden, gradients.weight, grad_bias)
 
 
@@ -154,6 +163,7 @@ class _FusedLinearKD(torch.autograd.Function):
         # move into .grad without a copy.
         ctx.save_for_backward(*grads)
         ctx.factor = None
+        ctx.late_scale = plan.scale if plan.scales_late else None
         ctx.mark_non_differentiable(sums)
         return loss, sums
 
@@ -161,6 +171,9 @@ class _FusedLinearKD(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         grads = ctx.saved_tensors
+        if ctx.late_scale is not None:
+            factor = grad_loss * ctx.late_scale
+            return *(None if grad is None else (grad * factor).to(torch.float16) for grad in grads), None
         if ctx.factor is not None:
             # The first backward scaled the saved gradients in place and may have handed them out: leave them alone.
             return *(None if grad is None else grad * (grad_loss / ctx.factor) for grad in grads), None

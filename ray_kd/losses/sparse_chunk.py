@@ -60,7 +60,7 @@ class SparseHead:
             gradients.bias.index_add_(0, distinct, grad.sum(0))
         grad = grad.to(weight.dtype)
         if gradients.weight is not None:
-            gradients.weight.index_add_(0, distinct, grad.t() @ hidden)
+            gradients.weight.index_add_(0, distinct, (grad.t() @ hidden).to(gradients.weight.dtype))
         return sums, grad @ weight if wants_hidden else None
 
 

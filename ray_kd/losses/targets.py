@@ -37,7 +37,10 @@ class Targets:
 
 @dataclass(frozen=True)
 class HeadGradients:
-    """Sums over chunks; None: not needed. weight [V, H] in the head's dtype, bias [V] in the dtype of the loss."""
+    """Sums over chunks; None: not needed.
+
+    weight [V, H] in the head's dtype (float32 for a float16 head), bias [V] in the dtype of the loss.
+    """
 
     weight: Tensor | None
     bias: Tensor | None

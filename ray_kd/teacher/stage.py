@@ -20,9 +20,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ray_kd import plugins, schema
+from ray_kd import plugins, refusal, schema
 from ray_kd.config import Teacher
 from ray_kd.teacher.engine import Engine, Request, RowError
+from ray_kd.teacher.journal import JOURNAL
 
 
 @dataclass(frozen=True)
@@ -73,15 +74,17 @@ class EngineSpec:
 class TeacherStage:
     """The callable class for `map_batches(batch_format="pyarrow")`.
 
-    journal_dir: each actor appends one line per block there (slots, rows through the engine, seconds), so that the
+    run_dir: each actor appends one line per block to a journal there (slots through the engine, seconds), so that the
     teacher's work can be counted over every restart; a killed actor loses no line it finished.
     """
 
-    def __init__(self, spec: EngineSpec, request: Request, journal_dir: str) -> None:
-        self._engine = spec.build()
+    def __init__(self, spec: EngineSpec, request: Request, run_dir: str) -> None:
+        with refusal.reported(Path(run_dir)):
+            self._engine = spec.build()
         self._request = request
-        Path(journal_dir).mkdir(parents=True, exist_ok=True)
-        self._journal = (Path(journal_dir) / f"{uuid.uuid4().hex}.jsonl").open("a", buffering=1)
+        journal = Path(run_dir) / JOURNAL
+        journal.mkdir(parents=True, exist_ok=True)
+        self._journal = (journal / f"{uuid.uuid4().hex}.jsonl").open("a", buffering=1)
 
     def __call__(self, block: pa.Table) -> pa.Table:
         start = time.perf_counter()

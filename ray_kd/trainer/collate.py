@@ -35,8 +35,11 @@ class MicroBatch:
     teacher_busy_s: float
 
 
-def collate(rows: pa.Table, top_k: int) -> MicroBatch:
-    """Build one micro-batch. Raises ValueError when a payload is unreadable (see the payload's decode).
+def collate(rows: pa.Table, top_k: int, temperature: float) -> MicroBatch:
+    """Build one micro-batch.
+
+    temperature: the loss's, which the payloads must have been taken at. Raises ValueError when one was not, or is
+    unreadable (see the payload's decode).
 
     Rows of weight 0 (dummies, refused answers) go through the decoder but have no target position.
     """
@@ -50,6 +53,8 @@ def collate(rows: pa.Table, top_k: int) -> MicroBatch:
         if weight[place] == 0:
             continue
         payload = TopKLogprobs.decode(encoded)
+        if payload.temperature != temperature:
+            raise ValueError(f"payload at temperature {payload.temperature}, the loss is at {temperature}")
         expected = (int(is_target[place].sum()), top_k)
         assert payload.ids.shape == expected, f"payload {payload.ids.shape} for targets {expected}: alignment is broken"
         ids.append(payload.ids.astype(np.int64))

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from ray_kd.trainer.collate import MicroBatch
 
 
+_QUEUED_MICRO_BATCHES = 4  # decoded ahead of the step; more would add to the run-ahead, and hide nothing
+
+
 class Feed:
     """Micro-batches of one worker, in the order of the slots.
 
@@ -28,14 +31,16 @@ class Feed:
 
     def __init__(
         self, blocks: Callable[[], Iterable["pa.Table"]], *, micro_batch_size: int, accumulation: int, top_k: int,
+        temperature: float,
         timeout_s: float,
     ) -> None:  # fmt: skip
         self._blocks = blocks
         self._micro_batch_size = micro_batch_size
         self._accumulation = accumulation
         self._top_k = top_k
+        self._temperature = temperature
         self._timeout_s = timeout_s
-        self._queue: queue.Queue[Any] = queue.Queue(maxsize=2 * accumulation)
+        self._queue: queue.Queue[Any] = queue.Queue(maxsize=_QUEUED_MICRO_BATCHES)
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._pump, name="feed", daemon=True)
         self._thread.start()
@@ -75,7 +80,7 @@ class Feed:
 
         for block in self._blocks():
             for start in range(0, block.num_rows, self._micro_batch_size):
-                yield collate(block.slice(start, self._micro_batch_size), self._top_k)
+                yield collate(block.slice(start, self._micro_batch_size), self._top_k, self._temperature)
 
     def _put(self, item: Any) -> bool:
         while not self._stopped.is_set():

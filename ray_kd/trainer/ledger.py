@@ -1,6 +1,6 @@
 """What was trained: counted from the rows that went through the optimiser, not from the slots that were planned.
 
-Kept on rank 0, saved with every checkpoint, so that it describes the surviving history of the run.
+Kept on every rank, saved by rank 0 with every checkpoint, so that it describes the surviving history of the run.
 Cost: one byte a planned row in memory, about one bit in the checkpoint.
 """
 
@@ -27,7 +27,7 @@ class Totals:
     rows_duplicated: int = 0
     rows_refused: int = 0  # slots whose teacher answer was refused
     steps_skipped: int = 0  # fp16 overflow
-    wall_s: float = 0.0  # evaluation and checkpoints included
+    wall_s: float = 0.0  # evaluation included
     step_s: float = 0.0  # waiting for rows and training on them
     timed_step_s: float = 0.0  # step_s without the first step of each attempt, which waits for the start-up
     wait_s: float = 0.0  # waiting for rows, in the timed steps

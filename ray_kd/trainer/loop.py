@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ray_kd import refusal
 from ray_kd.config import Student, Train
 from ray_kd.locks import writer_lock
 from ray_kd.trainer.feed import Feed
@@ -68,9 +69,10 @@ def train(spec: TrainSpec) -> None:
         micro_batch_size=spec.train.micro_batch_size,
         accumulation=spec.train.global_batch_size // (world * spec.train.micro_batch_size),
         top_k=spec.top_k,
+        temperature=spec.loss_options["temperature"],
         timeout_s=spec.train.timeout_s,
     )
-    with contextlib.closing(feed), writer_lock(Path(spec.run_dir)):
+    with contextlib.closing(feed), writer_lock(Path(spec.run_dir)), refusal.reported(Path(spec.run_dir)):
         _train(spec, feed, rank=ray.train.get_context().get_world_rank(), world=world)
 
 
@@ -152,9 +154,12 @@ def _build_engine(spec: TrainSpec, rank: int, world: int) -> tuple[Any, "torch.d
             gradient_accumulation_steps=options.global_batch_size // (world * options.micro_batch_size),
             dtype=spec.student.dtype,
             max_grad_norm=options.max_grad_norm,
+            on_gpu=device.type == "cuda",
+            overrides=options.deepspeed,
         ),
         learning_rate=options.learning_rate,
         weight_decay=options.weight_decay,
+        on_gpu=device.type == "cuda",
     )
     return engine, device
 
@@ -205,7 +210,7 @@ def _save(
         merged = {name: record for each in hashes for name, record in each.items()}
         next_slot = step * spec.train.global_batch_size
         folder = [str(checkpoint.commit(tmp, root, step, next_slot, state, merged))]
-        checkpoint.rotate(root, keep_last=spec.train.keep_checkpoints)
+        checkpoint.rotate(root, newest=step, keep_last=spec.train.keep_checkpoints)
     dist.broadcast_object_list(folder, src=0)
     # The folder already lies in Train's experiment directory (the run folder), so nothing is copied.
     ray.train.report(
@@ -217,8 +222,12 @@ def _save(
 
 def _evaluate_before(run_dir: Path, engine: Any, evaluate: Evaluate, rank: int) -> None:
     """Measure the untrained student once a run; a restart before the first checkpoint finds the file and goes on."""
+    import torch.distributed as dist
+
     path = run_dir / EVAL_BEFORE
-    if path.exists():
+    is_known = [path.exists() if rank == 0 else None]
+    dist.broadcast_object_list(is_known, src=0)  # shared storage may show the file to one rank and not to another
+    if is_known[0]:
         return
     metrics = evaluate(engine)
     if rank == 0:

@@ -18,6 +18,7 @@ import math
 import os
 import sys
 import warnings
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
@@ -30,14 +31,15 @@ _MUON = "deepspeed.runtime.zero.muon.original_muon"
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def import_deepspeed() -> ModuleType:
+def import_deepspeed(on_gpu: bool = False) -> ModuleType:
     """Import deepspeed quietly and without its compilers; the only way ray_kd imports it. 1-7 s the first time.
 
     On the CPU its communication backend builds an extension with g++ (38 s and more, behind a lock that a killed
     build leaves for ever) which training never calls: declared incompatible, it is not built.
     """
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read at import; without it a warning on every rank
+    if not on_gpu:
+        # Read at import. A worker without a GPU of its own may still see the machine's, and DeepSpeed would take it.
+        os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
     from deepspeed.runtime import compiler
 
@@ -57,7 +59,14 @@ def import_deepspeed() -> ModuleType:
 
 
 def deepspeed_config(
-    *, zero_stage: int, micro_batch_size: int, gradient_accumulation_steps: int, dtype: str, max_grad_norm: float
+    *,
+    zero_stage: int,
+    micro_batch_size: int,
+    gradient_accumulation_steps: int,
+    dtype: str,
+    max_grad_norm: float,
+    on_gpu: bool = False,
+    overrides: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """DeepSpeed's configuration. dtype: of the working weights, one of DTYPES. max_grad_norm: 0 for no clipping.
 
@@ -67,7 +76,6 @@ def deepspeed_config(
         raise ValueError(f"zero_stage is {zero_stage}, it must be 0, 1, 2 or 3")
     if dtype not in DTYPES:
         raise ValueError(f"dtype is '{dtype}', it must be one of {', '.join(DTYPES)}")
-    on_gpu = torch.cuda.is_available()
     # Elements. On the CPU the default of 5e8 is memory for nothing; on a GPU 5e7 (100 MB in bf16) fills the links.
     bucket = 50_000_000 if on_gpu else 5_000_000
     config: dict[str, Any] = {
@@ -97,7 +105,16 @@ def deepspeed_config(
             config["data_types"] = {"grad_accum_dtype": "fp32"}
     elif dtype == "float16":
         config["fp16"] = {"enabled": True}
-    return config
+    return _merged(config, overrides or {})
+
+
+def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """base with over's entries put over it, mapping by mapping."""
+    merged = dict(base)
+    for key, value in over.items():
+        is_nested = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merged(merged[key], value) if is_nested else value
+    return merged
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -122,12 +139,13 @@ def initialize(
     weight_decay: float = 0.0,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
+    on_gpu: bool = False,
 ) -> Any:
     """Hand module to DeepSpeed with AdamW; returns the engine. Collective; torch.distributed must be initialised.
 
     module is changed in place (its dtype by config, its storage by the ZeRO stage).
     """
-    deepspeed = import_deepspeed()
+    deepspeed = import_deepspeed(on_gpu)
     assert torch.distributed.is_initialized(), "the process group is made by the caller (Ray Train)"
     deepspeed.init_distributed(dist_init_required=False)
     optimizer = torch.optim.AdamW(
@@ -139,6 +157,11 @@ def initialize(
         # decays the master weights and leaves the step count at 1, so every bias correction is one step late.
         inner_optimizer(engine).state.clear()
         engine.optimizer.refresh_fp32_params()
+    if engine.zero_optimization_stage() == 3:
+        # The fused loss reads the head's weight outside the head's own forward.
+        for name, parameter in module.named_parameters():
+            if "lm_head." in name:
+                deepspeed.zero.register_external_parameter(module, parameter)
     # DeepSpeed's own counter does not tell "before the last backward" from "after it"; see `step`.
     engine.ray_kd_micro_batches = 0
     return engine

@@ -179,10 +179,23 @@ def test_sweep_removes_orphans_only(tmp_path: Path) -> None:
 def test_rotate(tmp_path: Path) -> None:
     for step in (1, 2, 3, 100000000, 5):
         save(tmp_path, step)
-    assert checkpoint.rotate(tmp_path, keep_last=2, keep=[1]) == [2, 3]
-    assert checkpoint.rotate(tmp_path, keep_last=9) == []
+    newest = 100000000
+    assert checkpoint.rotate(tmp_path, newest=newest, keep_last=2, keep=[1]) == [2, 3]
+    assert checkpoint.rotate(tmp_path, newest=newest, keep_last=9) == []
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["step_00000001", "step_00000005", "step_100000000"]
     assert checkpoint.newest_verified(tmp_path) == tmp_path / "step_100000000"
     with pytest.raises(ValueError, match="keep_last is 0"):
-        checkpoint.rotate(tmp_path, keep_last=0)
+        checkpoint.rotate(tmp_path, newest=newest, keep_last=0)
+
+
+def test_rotation_after_a_fall_back_keeps_the_good_checkpoint(tmp_path: Path) -> None:
+    """The newest is damaged, the run goes on from the one before and saves again: the damaged one must go."""
+    save(tmp_path, 50)
+    broken = save(tmp_path, 100)
+    victim = next(path for path in broken.iterdir() if path.suffix == ".safetensors")
+    victim.write_bytes(victim.read_bytes()[:-1] + b"x")
+    assert checkpoint.newest_verified(tmp_path) == tmp_path / "step_00000050"
+    save(tmp_path, 75)
+    assert checkpoint.rotate(tmp_path, newest=75, keep_last=1) == [50, 100]
+    assert checkpoint.newest_verified(tmp_path) == tmp_path / "step_00000075"

@@ -12,7 +12,7 @@ from ray_kd.errors import ConfigError, RetryableError
 
 
 def run(target, **more):
-    launch.fit(target, on_poll=more.get("on_poll", lambda: None), request_stop=more.get("request_stop", lambda: None))
+    launch.fit(target, on_poll=more.get("on_poll", []), request_stop=more.get("request_stop", lambda: None))
 
 
 def test_the_first_signal_asks_the_workers_to_stop():
@@ -73,5 +73,5 @@ def test_a_lost_worker_is_retryable_and_a_bug_is_not():
 
 def test_progress_is_polled():
     polls = []
-    run(lambda: time.sleep(0.6), on_poll=lambda: polls.append(1))
+    run(lambda: time.sleep(0.6), on_poll=[lambda: polls.append(1)])
     assert len(polls) >= 2

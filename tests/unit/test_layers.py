@@ -11,7 +11,7 @@ import pytest
 
 LAYERS = (
     {"errors", "plugins", "config", "schema", "payloads"},
-    {"losses", "models", "checkpoint", "metrics", "locks"},
+    {"losses", "models", "checkpoint", "metrics", "locks", "refusal"},
     {"data", "teacher", "trainer", "eval", "export"},
     {"cluster", "run_folder", "launch", "progress", "heldout", "summary", "results", "validate"},
     {"pipeline"},

@@ -67,6 +67,8 @@ IDENTITY = [
 ]
 
 FREE = [
+    "train.deepspeed={wall_clock_breakdown: false}",
+    "eval.kl=topk",
     "data.prepared_dir=elsewhere",
     "data.license=MIT",
     "data.max_bad_fraction=0.5",

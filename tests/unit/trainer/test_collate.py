@@ -50,7 +50,7 @@ def counts(rows):
 
 def test_targets_labels_and_payloads_line_up(rows):
     answers = [payload(n, seed) for seed, n in enumerate(counts(rows))]
-    batch = collate(table([1, 1, 1], rows, [a.encode() for a in answers]), TOP_K)
+    batch = collate(table([1, 1, 1], rows, [a.encode() for a in answers]), TOP_K, 1.0)
     assert len(batch.targets) == len(batch.labels) == len(batch.teacher_ids) == counts(rows).sum()
     np.testing.assert_array_equal(batch.teacher_ids.numpy(), np.concatenate([a.ids for a in answers]))
     flat = rows[schema.INPUT_IDS].reshape(-1)
@@ -63,14 +63,14 @@ def test_targets_labels_and_payloads_line_up(rows):
 def test_rows_without_weight_have_no_targets(rows):
     answers = [payload(n, seed) for seed, n in enumerate(counts(rows))]
     encoded = [answers[0].encode(), b"", answers[2].encode()]
-    batch = collate(table([1, 0, 1], rows, encoded), TOP_K)
+    batch = collate(table([1, 0, 1], rows, encoded), TOP_K, 1.0)
     assert len(batch.targets) == counts(rows)[0] + counts(rows)[2]
     assert batch.errors == ["", "refused", ""]
     assert batch.input_ids.shape == (3, 20)
 
 
 def test_a_batch_of_dummies_is_empty_but_has_its_shape(rows):
-    batch = collate(table([0, 0, 0], rows, [b"", b"", b""]), TOP_K)
+    batch = collate(table([0, 0, 0], rows, [b"", b"", b""]), TOP_K, 1.0)
     assert batch.teacher_ids.shape == (0, TOP_K)
     assert batch.num_tokens == 0
     assert batch.payload_nbytes == 0
@@ -78,7 +78,7 @@ def test_a_batch_of_dummies_is_empty_but_has_its_shape(rows):
 
 def test_padding_is_not_counted(rows):
     answers = [payload(n, seed) for seed, n in enumerate(counts(rows))]
-    batch = collate(table([1, 1, 1], rows, [a.encode() for a in answers]), TOP_K)
+    batch = collate(table([1, 1, 1], rows, [a.encode() for a in answers]), TOP_K, 1.0)
     last_start = int(np.flatnonzero(rows[schema.POSITION_IDS][1] == 0)[-1])  # row 1 ends in padding
     assert batch.num_tokens == 20 + last_start + 20
 
@@ -86,4 +86,10 @@ def test_padding_is_not_counted(rows):
 def test_a_payload_of_the_wrong_length_is_an_alarm(rows):
     wrong = [payload(n + 1, seed).encode() for seed, n in enumerate(counts(rows))]
     with pytest.raises(AssertionError, match="alignment"):
-        collate(table([1, 1, 1], rows, wrong), TOP_K)
+        collate(table([1, 1, 1], rows, wrong), TOP_K, 1.0)
+
+
+def test_a_payload_of_another_temperature_is_refused(rows):
+    answers = [payload(n, seed).encode() for seed, n in enumerate(counts(rows))]
+    with pytest.raises(ValueError, match=r"payload at temperature 1\.0, the loss is at 2\.0"):
+        collate(table([1, 1, 1], rows, answers), TOP_K, 2.0)

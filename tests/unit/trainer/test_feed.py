@@ -13,7 +13,7 @@ from ray_kd.trainer import collate, feed
 @pytest.fixture(autouse=True)
 def _plain_rows(monkeypatch):
     """Rows of one number: what collate does has tests of its own."""
-    monkeypatch.setattr(collate, "collate", lambda rows, top_k: rows.column("x").to_pylist())
+    monkeypatch.setattr(collate, "collate", lambda rows, top_k, temperature: rows.column("x").to_pylist())
 
 
 def blocks(*sizes):
@@ -24,7 +24,9 @@ def blocks(*sizes):
 
 
 def make(source, accumulation=2, timeout_s=5.0):
-    return feed.Feed(source, micro_batch_size=2, accumulation=accumulation, top_k=1, timeout_s=timeout_s)
+    return feed.Feed(
+        source, micro_batch_size=2, accumulation=accumulation, top_k=1, temperature=1.0, timeout_s=timeout_s
+    )
 
 
 def test_micro_batches_come_in_order_and_in_steps():
