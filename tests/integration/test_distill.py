@@ -38,9 +38,9 @@ def finished(jobs):
     )  # fmt: skip
 
 
-def prepared_of(jobs):
-    (folder,) = (path.parent for path in (jobs.folder / "runs" / "prepared").glob("*/manifest.json"))
-    return PreparedData(folder)
+def prepared_of(job):
+    fingerprint = json.loads((job.run_dir / "run.json").read_text())["content"]["prepared data"]
+    return PreparedData(job.run_dir.parent / "prepared" / fingerprint[:16])
 
 
 def test_the_run_ends_well_and_says_so(finished):
@@ -131,7 +131,7 @@ def test_the_same_model_as_teacher_and_student(jobs):
 
 def test_payloads_line_up_with_a_plain_forward(finished, jobs):
     """The alignment self-test on prepared rows: each document alone through the whole model, argmax compared."""
-    prepared = prepared_of(jobs)
+    prepared = prepared_of(finished)
     rows = prepared.read_eval(4)
     engine = Engine(Config(), model=str(jobs.teacher))
     answers = engine.annotate(rows, Request(top_k=4, temperature=1.0))

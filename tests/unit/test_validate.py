@@ -160,9 +160,10 @@ def test_dropping_the_tail_is_for_forward_kl(load, divergence, tail):
 
 def test_gpus_of_a_cluster_are_not_looked_for_here(load, monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    with pytest.raises(ConfigError, match=r"needs 65 GPUs .*train\.gpus_per_worker=32 x 2.*teacher\.pool\.num_gpus=1"):
-        validate(load("train.gpus_per_worker=32", "train.num_workers=2", "teacher.pool.num_gpus=1"))
-    validate(load("train.gpus_per_worker=32", "cluster.address=10.0.0.1:6379"))
+    many = ("train.gpus_per_worker=1", "train.num_workers=64", "train.global_batch_size=64")
+    with pytest.raises(ConfigError, match=r"needs 65 GPUs .*train\.gpus_per_worker=1 x 64.*teacher\.pool\.num_gpus=1"):
+        validate(load(*many, "teacher.pool.num_gpus=1"))
+    validate(load(*many, "cluster.address=10.0.0.1:6379"))
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     validate(load("teacher.pool.num_gpus=64"))
 
