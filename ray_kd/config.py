@@ -233,6 +233,10 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
         except Exception as error:  # a YAML scanner error of whatever the user typed
             raise ConfigError(f"override '{override}' cannot be read: {str(error).splitlines()[0]}") from error
         assert isinstance(parsed, DictConfig)
+        for key in plugins.GROUPS:
+            # An option set on a plug-in that was given as a bare kind.
+            if override.startswith(f"{key}.") and isinstance(kind := OmegaConf.select(merged, key), str):
+                OmegaConf.update(merged, key, {"kind": kind})
         merged = _merge(merged, parsed, where=f"override '{override}'")
     try:
         config = OmegaConf.to_object(merged)

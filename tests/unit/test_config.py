@@ -36,6 +36,11 @@ def test_overrides_win_over_yaml_and_keep_their_types(minimal):
     assert config.load(minimal, ["student.init=null", "student.model=m"]).student.init is None
 
 
+def test_an_option_can_be_set_on_a_bare_kind(minimal):
+    loaded = config.load(minimal, ["loss.divergence=jsd", "loss.divergence.beta=0.3"])
+    assert loaded.loss.divergence == {"kind": "jsd", "beta": 0.3}
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
