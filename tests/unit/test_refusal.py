@@ -1,0 +1,26 @@
+"""What a worker finds out about the user's input reaches the driver once, with its line."""
+
+import pytest
+
+from ray_kd import refusal
+from ray_kd.errors import ConfigError
+
+
+def refuse(folder):
+    with refusal.reported(folder):
+        raise ConfigError("student: it caps its logits")
+
+
+def test_a_refusal_is_raised_here_and_there(tmp_path):
+    refusal.raise_reported(tmp_path)
+    with pytest.raises(ConfigError, match="caps its logits"):
+        refuse(tmp_path)
+    with pytest.raises(ConfigError, match="caps its logits"):
+        refusal.raise_reported(tmp_path)
+
+
+def test_other_errors_are_not_refusals(tmp_path):
+    with pytest.raises(OSError, match="disk"), refusal.reported(tmp_path):
+        raise OSError("disk")
+    refusal.raise_reported(tmp_path)
+    assert list(tmp_path.iterdir()) == []
