@@ -271,21 +271,7 @@ def _fit(
 
     options, pool = config.train, config.teacher.pool
     threads = cluster.Threads.of(config)
-    payload = prepared.manifest.max_targets_per_row * nbytes_per_token(config.teacher.top_k, vocab_size)
-    row_nbytes = int(12 * config.data.sequence_length + payload + 128)
-    processes = options.num_workers + pool.max_actors
-    block_rows = _block_rows(
-        options.global_batch_size // options.num_workers,
-        options.micro_batch_size,
-        max_rows=min(_MAX_BLOCK_NBYTES // row_nbytes, config.teacher.run_ahead_rows // (_BLOCKS_A_PROCESS * processes)),
-    )
-    # The least that keeps every process busy; below it the stream could starve.
-    run_ahead_rows = max(config.teacher.run_ahead_rows, block_rows * _BLOCKS_A_PROCESS * processes)
-    if run_ahead_rows > config.teacher.run_ahead_rows:
-        logger.warning(
-            "teacher.run_ahead_rows=%d is too few for %d processes of %d-row micro-batches: %d are used",
-            config.teacher.run_ahead_rows, processes, options.micro_batch_size, run_ahead_rows,
-        )  # fmt: skip
+    block_rows, run_ahead_nbytes = _stream_sizes(config, prepared.manifest, vocab_size)
     stream = _StreamSpec(
         run_dir=str(run_dir),
         prepared_dir=str(prepared.folder),
@@ -336,7 +322,7 @@ def _fit(
             execution_options=ray.data.ExecutionOptions(
                 preserve_order=True,
                 label_selector=pool.label_selector or None,
-                resource_limits=ray.data.ExecutionResources.for_limits(object_store_memory=run_ahead_rows * row_nbytes),
+                resource_limits=ray.data.ExecutionResources.for_limits(object_store_memory=run_ahead_nbytes),
             ),
             enable_shard_locality=False,  # ignored with preserve_order
         ),
@@ -368,6 +354,27 @@ def _loss_options(config: RunConfig) -> dict[str, Any]:
         "ce_weight": loss.ce_weight,
         "chunk_size": loss.chunk_size,
     }
+
+
+def _stream_sizes(config: RunConfig, manifest: "Manifest", vocab_size: int) -> tuple[int, int]:
+    """(rows in a block of the stream, bytes of object store that bound the teacher's run-ahead)."""
+    options, teacher = config.train, config.teacher
+    payload_nbytes = manifest.max_targets_per_row * nbytes_per_token(teacher.top_k, vocab_size)
+    row_nbytes = int(12 * config.data.sequence_length + payload_nbytes + 128)
+    processes = options.num_workers + teacher.pool.max_actors
+    block_rows = _block_rows(
+        options.global_batch_size // options.num_workers,
+        options.micro_batch_size,
+        max_rows=min(_MAX_BLOCK_NBYTES // row_nbytes, teacher.run_ahead_rows // (_BLOCKS_A_PROCESS * processes)),
+    )
+    # The least that keeps every process busy; below it the stream could starve.
+    least = block_rows * _BLOCKS_A_PROCESS * processes
+    if least > teacher.run_ahead_rows:
+        logger.warning(
+            "teacher.run_ahead_rows=%d is too few for %d processes of %d-row micro-batches: %d are used",
+            teacher.run_ahead_rows, processes, options.micro_batch_size, least,
+        )  # fmt: skip
+    return block_rows, max(teacher.run_ahead_rows, least) * row_nbytes
 
 
 def _block_rows(rows_per_rank: int, micro_batch_size: int, max_rows: int) -> int:
