@@ -157,7 +157,11 @@ REFUSED = {
     "run.dir a file": (["run.dir={w}/file"], ["run.dir '{w}/file' cannot be written"]),
     "run.dir a URI": (["run.dir=s3://bucket/run"], ["run.dir 's3://bucket/run'", "allowed"]),
     # More than any machine has, so that the test means the same on one with GPUs.
-    "worker GPUs absent": (["train.gpus_per_worker=64"], ["train.gpus_per_worker=64", "64 GPUs", "this machine has"]),
+    "worker GPUs absent": (
+        ["train.gpus_per_worker=1", "train.num_workers=64", "train.global_batch_size=64"],
+        ["train.gpus_per_worker=1 x 64 workers", "64 GPUs", "this machine has"],
+    ),
+    "GPUs a worker": (["train.gpus_per_worker=2"], ["train.gpus_per_worker is 2", "0 | 1"]),
     "teacher GPUs absent": (
         ["teacher.pool.num_gpus=64"], ["teacher.pool.num_gpus=64", "64 GPUs", "this machine has"],
     ),
