@@ -1,14 +1,15 @@
 """A checkpoint is a folder that is complete or absent: files of all ranks, `state.json`, and `manifest.json` last.
 
 In: files that ranks wrote into `begin`'s temporary folder, and a JSON state with the ledger (the next slot).
-Out: `<root>/step_00000100/`, renamed into place after everything in it was hashed and synced. Readers take only
-folders whose manifest verifies. Cost: one sha256 pass at commit (spread over the ranks with `hash_files`) and one at
-`newest_verified`. Needs a file system with an atomic rename; not torch, ray or deepspeed.
+Out: `<root>/step_00000100/`. On a disk it is renamed into place after everything in it was hashed and synced; in an
+object store its files are put one by one and the manifest last, which is the commit there. Readers take only folders
+whose manifest verifies. Cost: one sha256 pass at commit (spread over the ranks with `put_files`) and one before
+anything is read (`newest_verified` on a disk, `local_copy` from a store). Needs no torch, ray or deepspeed.
 
-On every rank:                                   on rank 0, after a barrier:
-    tmp = begin(root, step, rank); barrier           commit(tmp, root, step, next_slot, state, hashes of all ranks)
-    ... write files ...                              rotate(root, keep_last=2)
-    hashes = hash_files(tmp, my_files)
+On every rank:                                       on rank 0, after a barrier:
+    tmp = begin(root, step, rank); barrier               commit(tmp, root, step, next_slot, state, hashes of all)
+    ... write files ...                                  rotate(root, newest=step, keep_last=2)
+    hashes = put_files(tmp, root, step, my_files)
 """
 
 import hashlib
@@ -22,7 +23,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from ray_kd.errors import ConfigError
+from ray_kd import storage
+from ray_kd.errors import ConfigError, RetryableError
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
@@ -44,7 +46,15 @@ def begin(root: Path, step: int, rank: int = 0) -> Path:
     """The temporary folder to write step's files into. Rank 0 clears and creates it; a barrier must follow.
 
     Clearing makes a retry of the same step safe: nothing of a killed attempt gets into the new manifest.
+    For an object store every rank gets a folder of its own on its node, and rank 0 clears the place in the store.
     """
+    if storage.is_remote(root):
+        if rank == 0:
+            storage.remove(root / _folder_name(step), first=MANIFEST)
+        tmp = storage.scratch(f"{root} being written") / f"{_folder_name(step)}-{rank}"
+        shutil.rmtree(tmp, ignore_errors=True)
+        tmp.mkdir()
+        return tmp
     tmp = root / f"{_TMP}{_folder_name(step)}"
     if rank == 0:
         if tmp.exists():
@@ -53,10 +63,22 @@ def begin(root: Path, step: int, rank: int = 0) -> Path:
     return tmp
 
 
+def put_files(tmp: Path, root: Path, step: int, files: Iterable[str]) -> Hashes:
+    """Sync and hash this rank's files (paths inside tmp), and put them in the store where root is in one.
+
+    Each rank sends what it gets to rank 0, which then reads none of the files.
+    """
+    names = list(files)
+    hashes = hash_files(tmp, names)
+    if storage.is_remote(root):
+        storage.upload(tmp, root / _folder_name(step), names)
+        shutil.rmtree(tmp)
+    return hashes
+
+
 def hash_files(folder: Path, files: Iterable[str]) -> Hashes:
     """sha256 and size of files (paths inside folder), each synced to disk first. Reads every byte once.
 
-    Each rank calls it on its own files and sends the result to rank 0, which then reads none of them.
     Syncing here and not in `commit` matters on shared storage: only the node that wrote can flush its pages.
     """
     names = list(files)
@@ -70,10 +92,13 @@ def commit(
     """Turn the temporary folder into checkpoint step; call on rank 0 after all ranks wrote. Returns its folder.
 
     next_slot: the ledger, the first slot of the stream that is not in these weights. state: the trainer's own JSON.
-    hashes: what the ranks' `hash_files` returned, merged; files not in it are hashed here.
-    Raises CorruptCheckpoint when a precomputed record does not fit the file on disk, ValueError when state is not JSON.
+    hashes: what the ranks' `put_files` returned, merged; on a disk, files not in it are hashed here.
+    Raises CorruptCheckpoint when a precomputed record does not fit the file that is there, ValueError when state is
+    not JSON.
     """
     document = {"schema_version": SCHEMA_VERSION, "step": step, "next_slot": next_slot, "state": dict(state)}
+    if storage.is_remote(root):
+        return _commit_remote(root / _folder_name(step), step, _json(document), dict(hashes or {}))
     _write_json(tmp / STATE, document)
     present = _plain_files(tmp)
     records = dict(hashes or {})
@@ -91,6 +116,34 @@ def commit(
     return final
 
 
+def _commit_remote(folder: Path, step: int, state: str, records: Hashes) -> Path:
+    storage.write_text(folder / STATE, state)
+    data = state.encode()
+    records[STATE] = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
+    present = storage.sizes(folder)
+    _compare_sizes(folder, records, present)
+    _refuse_extra(folder, records, present)
+    manifest = {"schema_version": SCHEMA_VERSION, "step": step, "files": records}
+    storage.write_text(folder / MANIFEST, _json(manifest))
+    return folder
+
+
+def local_copy(folder: Path) -> Path:
+    """A verified checkpoint as a folder that can be opened: itself on a disk, else a verified copy on this node.
+
+    One in a store whose bytes are not what its manifest says is given up: the next start takes the one before it.
+    Raises RetryableError then.
+    """
+    if not storage.is_remote(folder):
+        return folder
+    manifest = (folder / MANIFEST).read_text(encoding="utf-8")
+    try:
+        return storage.fetch(folder, group=str(folder.parent), version=manifest, check=verify)
+    except CorruptCheckpoint as error:
+        (folder / MANIFEST).unlink(missing_ok=True)
+        raise RetryableError(f"{error}: that checkpoint is given up for the one before it") from error
+
+
 def verify(folder: Path, full: bool = True) -> None:
     """Raise CorruptCheckpoint unless folder holds exactly the manifest's files, with its sizes and sha256 sums.
 
@@ -100,9 +153,7 @@ def verify(folder: Path, full: bool = True) -> None:
     present = _plain_files(folder)
     present.pop(MANIFEST)
     _compare_sizes(folder, records, present)
-    extra = sorted(present.keys() - records.keys())
-    if extra:
-        raise CorruptCheckpoint(f"{folder / extra[0]}: not in {MANIFEST}")
+    _refuse_extra(folder, records, present)
     if full:
         with ThreadPoolExecutor(max_workers=4) as pool:
             found = pool.map(lambda name: (name, _record(folder / name)), sorted(records))
@@ -112,7 +163,11 @@ def verify(folder: Path, full: bool = True) -> None:
 
 
 def newest_verified(root: Path, full: bool = True) -> Path | None:
-    """The newest checkpoint under root that verifies, or None. Each broken one is skipped with a warning saying why."""
+    """The newest checkpoint under root that verifies, or None. Each broken one is skipped with a warning saying why.
+
+    In an object store names and sizes are compared here, and the bytes when they are brought (`local_copy`).
+    """
+    full = full and not storage.is_remote(root)
     for _, folder in reversed(_committed(root)):
         try:
             verify(folder, full=full)
@@ -161,7 +216,7 @@ def sweep(root: Path) -> list[str]:
         if path.name.startswith(_TMP) or (_STEP_FOLDER.fullmatch(path.name) and not (path / MANIFEST).exists())
     ]
     for path in orphans:
-        shutil.rmtree(path)
+        storage.remove(path)
     return [path.name for path in orphans]
 
 
@@ -196,6 +251,9 @@ def _committed(root: Path) -> list[tuple[int, Path]]:
 
 
 def _discard(folder: Path) -> None:
+    if storage.is_remote(folder):
+        storage.remove(folder, first=MANIFEST)
+        return
     # Renamed first: a kill inside rmtree must leave an orphan for `sweep`, not a checkpoint with a hole.
     doomed = folder.with_name(f"{_TMP}delete-{folder.name}")
     if doomed.exists():
@@ -224,6 +282,8 @@ def _read_manifest(folder: Path) -> Hashes:
 
 def _plain_files(folder: Path) -> dict[str, int]:
     """Path inside folder -> size in bytes. A link or device is refused: its bytes would lie outside the checkpoint."""
+    if storage.is_remote(folder):
+        return storage.sizes(folder)
     files = {}
     for path in folder.rglob("*"):
         if path.is_symlink() or not (path.is_file() or path.is_dir()):
@@ -241,6 +301,12 @@ def _compare_sizes(folder: Path, records: Mapping[str, Any], present: Mapping[st
             raise CorruptCheckpoint(f"{folder / name}: {present[name]} bytes, not {record['size']}")
 
 
+def _refuse_extra(folder: Path, records: Mapping[str, Any], present: Mapping[str, int]) -> None:
+    extra = sorted(present.keys() - records.keys())
+    if extra:
+        raise CorruptCheckpoint(f"{folder / extra[0]}: not in {MANIFEST}")
+
+
 def _record(path: Path, sync: bool = False) -> dict[str, Any]:
     with path.open("rb") as file:
         if sync:
@@ -251,9 +317,13 @@ def _record(path: Path, sync: bool = False) -> dict[str, Any]:
 
 def _write_json(path: Path, document: Mapping[str, Any]) -> None:
     with path.open("w", encoding="utf-8") as file:
-        json.dump(document, file, indent=1, sort_keys=True, allow_nan=False)
+        file.write(_json(document))
         file.flush()
         os.fsync(file.fileno())
+
+
+def _json(document: Mapping[str, Any]) -> str:
+    return json.dumps(document, indent=1, sort_keys=True, allow_nan=False)
 
 
 def _sync_folder(folder: Path) -> None:

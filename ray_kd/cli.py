@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from ray_kd import config as configuration
-from ray_kd import plugins
+from ray_kd import plugins, storage
 from ray_kd.errors import EXIT_BUG, EXIT_DONE, ConfigError, RayKDError, RetryableError
 
 logger = logging.getLogger("ray_kd")
@@ -39,10 +39,11 @@ def main(job: str, argv: Sequence[str] | None = None) -> int:
         return _fail("interrupted; the same command goes on", RetryableError.exit_code)
     except Exception as error:  # the last resort: the traceback goes to the log, the line to the user
         logger.debug("", exc_info=True)
-        has_log = any(isinstance(handler, logging.FileHandler) for handler in logger.handlers)
-        if not has_log:
+        if not any(isinstance(handler, _RunLog) for handler in logger.handlers):
             traceback.print_exc()
         return _fail(f"a bug, please report it: {_one_line(error)}", EXIT_BUG)
+    finally:
+        _end_logging()
 
 
 def dispatch(argv: Sequence[str] | None = None) -> int:
@@ -107,7 +108,9 @@ def evaluate(argv: list[str]) -> int:
         parser.error(f"argument --max-rows: {options.max_rows} is negative, allowed is 0 (all) or more")
     from ray_kd import results, summary
 
-    metrics = results.evaluate(_config_of_run(Path(options.run_dir)), model=options.model, max_rows=options.max_rows)
+    metrics = results.evaluate(
+        _config_of_run(storage.path(options.run_dir)), model=options.model, max_rows=options.max_rows
+    )
     print(json.dumps(metrics) if options.json else summary.describe_eval({"measured": metrics}))
     return EXIT_DONE
 
@@ -123,8 +126,8 @@ def export(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     from ray_kd import results
 
-    config = _config_of_run(Path(options.run_dir))
-    step = results.export(config, Path(options.out_dir), step=options.step, dtype=options.dtype)
+    config = _config_of_run(storage.path(options.run_dir))
+    step = results.export(config, storage.path(options.out_dir), step=options.step, dtype=options.dtype)
     print(f"step {step} of {options.run_dir} -> {options.out_dir}")
     return EXIT_DONE
 
@@ -160,7 +163,7 @@ def _config_of_run(run_dir: Path) -> configuration.RunConfig:
     path = run_dir / run_folder.CONFIG
     if not path.is_file():
         raise ConfigError(f"'{run_dir}' is not a run folder: it has no {run_folder.CONFIG}")
-    return configuration.load(path, [f"run.dir={run_dir.absolute()}"])
+    return configuration.load(path, [f"run.dir={run_dir}"])
 
 
 def _key_help() -> str:
@@ -195,14 +198,33 @@ def _start_logging(config: configuration.RunConfig) -> None:
     to_terminal = logging.StreamHandler(sys.stdout)
     to_terminal.setLevel(logging.INFO)
     to_terminal.setFormatter(_Terse())
-    to_file = logging.FileHandler(folder / run_folder.LOG, encoding="utf-8")
+    to_file = _RunLog(folder / run_folder.LOG)
     to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logger.setLevel(logging.DEBUG)
     logger.propagate = False
-    for handler in list(logger.handlers):
-        logger.removeHandler(handler)
+    _end_logging()
     logger.addHandler(to_terminal)
     logger.addHandler(to_file)
+
+
+def _end_logging() -> None:
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+        try:
+            handler.close()
+        except Exception as error:  # the run's own outcome counts
+            print(f"warning: the log could not be written: {_one_line(error)}", file=sys.stderr)
+
+
+class _RunLog(logging.StreamHandler[storage.GrowingFile]):
+    """run.dir/driver.log: appended on a disk, put there at the end in an object store."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(storage.GrowingFile(path))
+
+    def close(self) -> None:
+        super().close()
+        self.stream.close()
 
 
 class _Terse(logging.Formatter):

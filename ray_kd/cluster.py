@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from ray_kd import storage
 from ray_kd.config import RunConfig
 from ray_kd.errors import ConfigError, RetryableError
 
@@ -187,4 +188,5 @@ def check_shared(folder: Path, timeout_s: float) -> None:
 
 def _reads(path: str, token: str) -> bool:
     """Whether this node finds the token in the file."""
-    return Path(path).exists() and Path(path).read_text() == token
+    probe = storage.path(path)
+    return probe.exists() and probe.read_text() == token

@@ -224,7 +224,7 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
     """
     merged = OmegaConf.structured(RunConfig)
     if path is not None:
-        merged = _merge(merged, _read_yaml(Path(path)), where=str(path))
+        merged = _merge(merged, _read_yaml(Path(path) if isinstance(path, str) else path), where=str(path))
     for override in overrides:
         if "=" not in override:
             raise ConfigError(f"override '{override}' is not key=value (for example train.max_steps=50)")

@@ -1,20 +1,36 @@
 """One writer per run folder: the driver holds it exclusively, its train workers share a second lock while they live.
 
 After a SIGKILL of the driver its last workers live on for seconds and may still be writing a checkpoint; the next
-driver waits for their lock before it touches anything. flock: released by the kernel when a process dies, on local
-disks and on NFS 4; the folder must be shared by the nodes that write to it.
+driver waits for them before it touches anything.
+
+On a disk that is flock: released by the kernel when a process dies, on local disks and on NFS 4. An object store has
+no locks, so there each holder keeps a small file changing (a lease); whoever finds one that has not changed for
+LEASE_S takes its holder for dead. No clocks are compared. Two drivers that start within the same moment both write
+the lease, and the one whose name is found there a little later has it.
 """
 
 import fcntl
+import json
+import logging
 import os
+import signal
+import threading
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ray_kd import storage
 from ray_kd.errors import ConfigError, RetryableError
 
+logger = logging.getLogger(__name__)
+
+BEAT_S = 5.0
+LEASE_S = 20.0
+
 _DRIVER, _WRITERS = ".driver.lock", ".writers.lock"
+_SETTLE_S = 1.0
 
 
 @contextmanager
@@ -23,17 +39,22 @@ def driver_lock(run_dir: Path, timeout_s: float = 60.0) -> Iterator[None]:
 
     Raises ConfigError when another driver holds it, RetryableError when workers of a dead one outlive timeout_s.
     """
+    if storage.is_remote(run_dir):
+        _wait_for_leases(run_dir, timeout_s)
+        with _lease(run_dir / _DRIVER) as (lease, me):
+            time.sleep(_SETTLE_S)
+            if (holder := _holder(lease)) != me:
+                raise _held(run_dir, holder)
+            yield
+        return
     with (run_dir / _DRIVER).open("a+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.seek(0)
-            raise ConfigError(
-                f"run.dir '{run_dir}' is being written by another run ({lock.read().strip()}): "
-                "wait for it, or choose another run.dir"
-            ) from None
+            raise _held(run_dir, lock.read().strip()) from None
         lock.truncate(0)
-        lock.write(f"pid {os.getpid()} on {os.uname().nodename}")
+        lock.write(_who())
         lock.flush()
         _wait_for_writers(run_dir, timeout_s)
         yield
@@ -42,6 +63,10 @@ def driver_lock(run_dir: Path, timeout_s: float = 60.0) -> Iterator[None]:
 @contextmanager
 def writer_lock(run_dir: Path) -> Iterator[None]:
     """Held by every train worker while it may write to the run folder."""
+    if storage.is_remote(run_dir):
+        with _lease(run_dir / _WRITERS / uuid.uuid4().hex):
+            yield
+        return
     with (run_dir / _WRITERS).open("a+") as lock:
         fcntl.flock(lock, fcntl.LOCK_SH)
         yield
@@ -56,7 +81,93 @@ def _wait_for_writers(run_dir: Path, timeout_s: float) -> None:
                 return
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    raise RetryableError(
-                        f"workers of an earlier run still hold '{run_dir}' after {timeout_s:.0f} s: try again later"
-                    ) from None
+                    raise _outlived(run_dir, timeout_s) from None
                 time.sleep(0.2)
+
+
+def _wait_for_leases(run_dir: Path, timeout_s: float) -> None:
+    """Until no lease of an earlier run has changed for LEASE_S; at once where there is none. Removes the dead ones."""
+    seen = _leases(run_dir)
+    start = quiet_since = time.monotonic()
+    while seen and time.monotonic() < quiet_since + LEASE_S:
+        time.sleep(BEAT_S / 5)
+        now = _leases(run_dir)
+        if now.get(_DRIVER, seen.get(_DRIVER)) != seen.get(_DRIVER):
+            raise _held(run_dir, json.loads(now[_DRIVER])["holder"])
+        if now != seen:
+            seen, quiet_since = now, time.monotonic()
+        if time.monotonic() > start + max(timeout_s, LEASE_S) and now:
+            raise _outlived(run_dir, timeout_s)
+    for name in seen:
+        (run_dir / name).unlink(missing_ok=True)
+
+
+def _leases(run_dir: Path) -> dict[str, str]:
+    """Name in run_dir -> content, of the leases that are there."""
+    names = [_DRIVER, *(f"{_WRITERS}/{name}" for name in storage.sizes(run_dir / _WRITERS))]
+    found = {}
+    for name in names:
+        try:
+            found[name] = (run_dir / name).read_text(encoding="utf-8")
+        except FileNotFoundError:  # given up meanwhile, or there is no driver
+            continue
+    return found
+
+
+@contextmanager
+def _lease(lease: Path) -> Iterator[tuple[Path, str]]:
+    """Keep a file changing while the block runs, and remove it then. Yields it and the name of this holder in it."""
+    me = f"{_who()} ({uuid.uuid4().hex[:8]})"
+    ended = threading.Event()
+
+    def beat(count: int) -> None:
+        lease.write_text(json.dumps({"holder": me, "beat": count}), encoding="utf-8")
+
+    def keep() -> None:
+        count = 0
+        while not ended.wait(BEAT_S):
+            count += 1
+            try:
+                if (holder := _holder(lease)) != me:
+                    # This process stood still for longer than a lease lasts, and another has taken over.
+                    logger.error("'%s' is held by %s now: this run stops", lease, holder or "nobody")
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    return
+                beat(count)
+            except Exception as error:  # whatever the store's client raises: the next beat may come through
+                logger.warning("'%s' could not be renewed: %s", lease, error)
+
+    beat(0)
+    thread = threading.Thread(target=keep, name="lease", daemon=True)
+    thread.start()
+    try:
+        yield lease, me
+    finally:
+        ended.set()
+        thread.join()
+        try:
+            if _holder(lease) == me:
+                lease.unlink()
+        except Exception as error:  # the run's own outcome counts; the next one waits for the lease to run out
+            logger.warning("'%s' could not be given up: %s", lease, error)
+
+
+def _holder(lease: Path) -> str | None:
+    try:
+        return str(json.loads(lease.read_text(encoding="utf-8"))["holder"])
+    except FileNotFoundError:
+        return None
+
+
+def _who() -> str:
+    return f"pid {os.getpid()} on {os.uname().nodename}"
+
+
+def _held(run_dir: Path, holder: str | None) -> ConfigError:
+    return ConfigError(
+        f"run.dir '{run_dir}' is being written by another run ({holder}): wait for it, or choose another run.dir"
+    )
+
+
+def _outlived(run_dir: Path, timeout_s: float) -> RetryableError:
+    return RetryableError(f"workers of an earlier run still hold '{run_dir}' after {timeout_s:.0f} s: try again later")

@@ -2,9 +2,14 @@
 
 import json
 import math
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from ray_kd.storage import GrowingFile, write_text
+
+_PUBLISH_EVERY_S = 10.0
 
 
 class MetricLogger:
@@ -15,15 +20,20 @@ class MetricLogger:
 
     def __init__(self, path: Path, last_step: int) -> None:
         kept = [line for line in read_metrics(path) if line["step"] <= last_step]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(_dump(line) for line in kept), encoding="utf-8")
-        temporary.replace(path)
-        self._file = path.open("a", encoding="utf-8")
+        write_text(path, "".join(_dump(line) for line in kept))
+        self._file = GrowingFile(path)
+        self._published_at = time.monotonic()
 
     def log(self, metrics: Mapping[str, Any]) -> None:
         """Append one line and flush it."""
         self._file.write(_dump(metrics))
-        self._file.flush()
+        if time.monotonic() - self._published_at > _PUBLISH_EVERY_S:
+            self._published_at = time.monotonic()
+            self._file.publish(wait=False)
+
+    def publish(self) -> None:
+        """Make every line visible to others, where the file lies in an object store: before a checkpoint's commit."""
+        self._file.publish()
 
     def close(self) -> None:
         self._file.close()

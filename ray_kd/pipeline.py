@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ray_kd import checkpoint, cluster, launch, refusal, results, run_folder, schema, summary
+from ray_kd import checkpoint, cluster, launch, refusal, results, run_folder, schema, storage, summary
 from ray_kd.config import Pool, RunConfig
 from ray_kd.data.order import SlotOrder
 from ray_kd.data.prepared import PreparedData
@@ -209,7 +209,8 @@ def _make_student(
         scores = models.block_influence(model, columns[schema.INPUT_IDS], columns[schema.POSITION_IDS])
         del model
         layers = models.choose_layers(scores, layers)
-    models.init_from_layers(teacher, layers, out_dir, revision=revision)
+    with storage.drafted_folder(storage.path(out_dir), last="config.json") as draft:
+        models.init_from_layers(teacher, layers, str(draft), revision=revision)
     return layers
 
 
@@ -232,11 +233,11 @@ def _stream(spec: _StreamSpec) -> "ray.data.Dataset":
 
     from ray_kd.data.stream import PausedSteps, ordered_rows
 
-    run_dir = Path(spec.run_dir)
+    run_dir = storage.path(spec.run_dir)
     newest = checkpoint.newest_verified(run_dir / CHECKPOINTS)
     start_slot = int(checkpoint.read_state(newest)["next_slot"]) if newest else 0
-    with (run_dir / run_folder.ATTEMPTS).open("a") as attempts:
-        attempts.write(json.dumps({"start_slot": start_slot, "time": time.time()}) + "\n")
+    attempt = {"start_slot": start_slot, "time": time.time()}
+    storage.append_text(run_dir / run_folder.ATTEMPTS, json.dumps(attempt) + "\n")
 
     # The controller has a DataContext of its own: what the driver set does not reach it.
     context = ray.data.DataContext.get_current()
@@ -297,6 +298,7 @@ def _fit(
         num_planned_rows=order.num_planned_rows,
         make_evaluate=partial(make_evaluate, held_out) if prepared.manifest.eval_rows else None,
     )
+    storage_path, storage_filesystem = storage.for_arrow(run_dir.parent)
     trainer = TorchTrainer(
         partial(train, spec),
         scaling_config=ray.train.ScalingConfig(
@@ -311,7 +313,8 @@ def _fit(
         # that was written into it is reported without a copy.
         run_config=ray.train.RunConfig(
             name=run_dir.name,
-            storage_path=str(run_dir.parent),
+            storage_path=storage_path,
+            storage_filesystem=storage_filesystem,
             failure_config=ray.train.FailureConfig(
                 max_failures=options.max_failures,
                 controller_failure_limit=options.max_failures,  # type: ignore[call-arg] # typed as Train v1's
@@ -335,7 +338,7 @@ def _fit(
     try:
         launch.fit(
             trainer.fit,
-            on_poll=[progress.update, partial(refusal.raise_reported, run_dir)],
+            on_poll=[progress.update, refusal.Reported(run_dir).check],
             request_stop=(run_dir / STOP_FLAG).touch,
         )
     finally:

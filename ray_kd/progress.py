@@ -11,6 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
+from ray_kd import storage
+from ray_kd.metrics import read_metrics
+
 _LOG_EVERY_S = 30.0
 
 
@@ -22,9 +25,10 @@ class Progress:
         self._num_steps = num_steps
         self._stream = stream or sys.stdout
         self._is_terminal = self._stream.isatty()
-        # What is there already is an earlier attempt's.
-        self._offset = metrics_path.stat().st_size if metrics_path.exists() else 0
-        self._identity = metrics_path.stat().st_ino if metrics_path.exists() else 0
+        self._flag = storage.Flag(metrics_path)
+        self._offset = self._identity = self._last_step = 0
+        for _ in self._new_lines():  # what is there already is an earlier attempt's
+            pass
         self._first: tuple[int, float] | None = None
         self._newest: dict[str, Any] = {}
         self._shown: tuple[int, float] = (0, 0.0)
@@ -33,7 +37,7 @@ class Progress:
     def update(self, is_last: bool = False) -> None:
         """Read the new lines of the metrics and show the newest, when it is time to."""
         now = time.monotonic()
-        for line in self._new_lines():
+        for line in self._new_lines(at_once=is_last):
             self._newest = line
             self._first = self._first or (line["step"], now)
             self._kl = line.get("eval/kl", line.get("eval/topk_bucket_kl", self._kl))
@@ -51,8 +55,14 @@ class Progress:
         if self._is_terminal and self._newest:
             self._stream.write("\n")
 
-    def _new_lines(self) -> Iterator[dict[str, Any]]:
-        if not self._path.exists():
+    def _new_lines(self, at_once: bool = False) -> Iterator[dict[str, Any]]:
+        if not self._flag.is_set(at_once):
+            return
+        if storage.is_remote(self._path):  # put whole each time, after a restart with fewer lines than before
+            for metrics in read_metrics(self._path):
+                if metrics["step"] > self._last_step:
+                    self._last_step = metrics["step"]
+                    yield metrics
             return
         with self._path.open("rb") as file:
             identity = os.fstat(file.fileno()).st_ino

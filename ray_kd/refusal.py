@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ray_kd import storage
 from ray_kd.errors import ConfigError
 
 REFUSAL = ".refused"
@@ -20,14 +21,18 @@ def reported(run_dir: Path) -> Iterator[None]:
     try:
         yield
     except ConfigError as error:
-        temporary = run_dir / f"{REFUSAL}.tmp"
-        temporary.write_text(str(error), encoding="utf-8")
-        temporary.replace(run_dir / REFUSAL)
+        storage.write_text(run_dir / REFUSAL, str(error))
         raise
 
 
-def raise_reported(run_dir: Path) -> None:
-    """Raise what a worker or actor reported, if one did."""
-    path = run_dir / REFUSAL
-    if path.exists():
-        raise ConfigError(path.read_text(encoding="utf-8"))
+class Reported:
+    """What workers and actors reported, for the driver to ask again and again."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._path = run_dir / REFUSAL
+        self._flag = storage.Flag(self._path)
+
+    def check(self) -> None:
+        """Raise the ConfigError that was reported, if one was."""
+        if self._flag.is_set():
+            raise ConfigError(self._path.read_text(encoding="utf-8"))

@@ -8,7 +8,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from ray_kd import checkpoint, cluster, run_folder, summary
+from ray_kd import checkpoint, cluster, run_folder, storage, summary
 from ray_kd.config import RunConfig, to_yaml
 from ray_kd.data.prepared import PreparedData
 from ray_kd.errors import ConfigError, DataError
@@ -26,14 +26,15 @@ def finish(config: RunConfig, run_dir: Path) -> None:
         export(config, final)
     path = run_dir / run_folder.SAMPLES
     if config.eval.prompts and not path.exists():
-        run_folder.write_json(path, {"samples": sample(config, str(final))})
+        run_folder.write_json(path, {"samples": sample(config, _local(final))})
 
 
 def export(config: RunConfig, out_dir: Path, *, step: int | None = None, dtype: str | None = None) -> int:
     """Write the student of a checkpoint of this run as a Hugging Face folder; returns its step.
 
     step: None for the newest verified checkpoint. dtype: None for the type it was trained in.
-    Raises ConfigError when there is no such checkpoint or out_dir exists. Host memory: one shard of 4 GB.
+    out_dir: of `storage.path`. Raises ConfigError when there is no such checkpoint or out_dir exists.
+    Host memory: one shard of 4 GB.
     """
     from transformers import AutoConfig
 
@@ -44,24 +45,25 @@ def export(config: RunConfig, out_dir: Path, *, step: int | None = None, dtype: 
     if out_dir.exists():
         raise ConfigError(f"'{out_dir}' exists already: name a new folder")
     try:
-        out_dir.absolute().parent.mkdir(parents=True, exist_ok=True)
+        out_dir.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"'{out_dir}' cannot be written: {error.strerror}") from error
     run_dir = run_folder.run_dir(config)
-    folder = _checkpoint(run_dir, step)
+    folder = checkpoint.local_copy(_checkpoint(run_dir, step))
     document = checkpoint.read_state(folder)
     student_path = document["state"]["student_path"]
-    write_final(
-        out_dir,
-        read_parameters(folder, prefix="student."),
-        config=AutoConfig.from_pretrained(
-            models.local_folder(student_path), revision=config.student.revision, trust_remote_code=False
-        ),
-        tokenizer_path=student_path,
-        revision=config.student.revision,
-        dtype=dtype or config.student.dtype,
-        card=_card(config, run_dir),
-    )
+    with storage.drafted_folder(out_dir, last="config.json") as draft:
+        write_final(
+            draft,
+            read_parameters(folder, prefix="student."),
+            config=AutoConfig.from_pretrained(
+                models.local_folder(student_path), revision=config.student.revision, trust_remote_code=False
+            ),
+            tokenizer_path=student_path,
+            revision=config.student.revision,
+            dtype=dtype or config.student.dtype,
+            card=_card(config, run_dir),
+        )
     return int(document["step"])
 
 
@@ -84,7 +86,7 @@ def evaluate(config: RunConfig, *, model: str | None = None, max_rows: int | Non
     threads, on_gpu = cluster.physical_cores(), torch.cuda.is_available()
     torch.set_num_threads(threads)
     spec = held_out(config, prepared.folder, threads, on_gpu=on_gpu, max_rows=max_rows)
-    return evaluate_model(spec, model or _final(run_dir), torch.device("cuda" if on_gpu else "cpu"))
+    return evaluate_model(spec, model or _local(_final(run_dir)), torch.device("cuda" if on_gpu else "cpu"))
 
 
 def sample(config: RunConfig, final: str) -> list[dict[str, str]]:
@@ -146,11 +148,20 @@ def _checkpoint(run_dir: Path, step: int | None) -> Path:
     return steps[step]
 
 
-def _final(run_dir: Path) -> str:
+def _local(final: Path) -> str:
+    """final/ as a folder that transformers can open."""
+    version = ""
+    if storage.is_remote(final):  # another run may have been here before
+        fs, name = storage.filesystem(final / "config.json")
+        version = fs.ukey(name)
+    return str(storage.fetch(final, version=version))
+
+
+def _final(run_dir: Path) -> Path:
     final = run_dir / run_folder.FINAL
     if not (final / "config.json").exists():
         raise ConfigError(f"run '{run_dir}' has no final/ yet: finish it, or name a model with --model")
-    return str(final)
+    return final
 
 
 def _card(config: RunConfig, run_dir: Path) -> str:

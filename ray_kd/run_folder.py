@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ray_kd import config as configuration
+from ray_kd import storage
 from ray_kd.config import RunConfig
 from ray_kd.errors import ConfigError
 
@@ -41,15 +42,8 @@ _CONTENT_KEYS = {"data.source", "data.eval_source", "teacher.model", "student.mo
 
 
 def run_dir(config: RunConfig) -> Path:
-    """The run folder as an absolute path. Raises ConfigError for a URI of a store that is not a shared folder."""
-    given = config.run.dir
-    if given.startswith("file://"):
-        given = given.removeprefix("file://")
-    if "://" in given:
-        raise ConfigError(
-            f"run.dir '{given}' is a URI: allowed are a path (on storage that all nodes share) or file://, for now"
-        )
-    return Path(given).expanduser().absolute()
+    """The run folder: an absolute path, or one in an object store. Raises ConfigError for a URI nothing can open."""
+    return storage.path(config.run.dir)
 
 
 def create(folder: Path) -> None:
@@ -59,8 +53,12 @@ def create(folder: Path) -> None:
         probe = folder / f".probe-{os.getpid()}"
         probe.write_text("")
         probe.unlink()
-    except OSError as error:
-        raise ConfigError(f"run.dir '{folder}' cannot be written: {error.strerror or error}") from error
+    except Exception as error:
+        if not (isinstance(error, OSError) or storage.is_remote(folder)):  # a store's client raises what it likes
+            raise
+        raise ConfigError(
+            f"run.dir '{folder}' cannot be written: {getattr(error, 'strerror', None) or error}"
+        ) from error
 
 
 def identity(config: RunConfig) -> dict[str, Any]:
@@ -114,9 +112,7 @@ def record(folder: Path, config: RunConfig, content: Mapping[str, str]) -> None:
     """Write the config, and on a first start what identifies the run from now on."""
     if not (folder / IDENTITY).exists():
         write_json(folder / IDENTITY, {"settings": identity(config), "content": dict(content)})
-    temporary = folder / f".{CONFIG}.tmp"
-    temporary.write_text(configuration.to_yaml(config), encoding="utf-8")
-    temporary.replace(folder / CONFIG)
+    storage.write_text(folder / CONFIG, configuration.to_yaml(config))
 
 
 def content_of(folder: Path) -> dict[str, str]:
@@ -129,7 +125,7 @@ def content_of(folder: Path) -> dict[str, str]:
 
 def prepared_dir(config: RunConfig) -> Path:
     """Where prepared data lies, one folder per fingerprint."""
-    return Path(config.data.prepared_dir or run_dir(config).parent / "prepared")
+    return storage.path(config.data.prepared_dir or run_dir(config).parent / "prepared")
 
 
 def finished_summary(folder: Path) -> dict[str, Any] | None:
@@ -141,9 +137,7 @@ def finished_summary(folder: Path) -> dict[str, Any] | None:
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:
     """Write whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    storage.write_text(path, json.dumps(document, indent=1, allow_nan=False) + "\n")
 
 
 def _read(path: Path) -> dict[str, Any] | None:

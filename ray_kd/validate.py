@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ray_kd import cluster, plugins
+from ray_kd import cluster, plugins, storage
 from ray_kd.config import RunConfig
 from ray_kd.errors import ConfigError
 from ray_kd.trainer.schedule import SCHEDULES
@@ -67,8 +67,7 @@ def check_data(config: RunConfig) -> None:
             module.Source(options)
     module, options = plugins.options("data.formats", config.data.format, "data.format")
     module.Format(options)
-    prepared_dir = config.data.prepared_dir or ""
-    _require("://" not in prepared_dir, "data.prepared_dir", prepared_dir, "a folder that every node sees, not a URI")
+    storage.path(config.data.prepared_dir or "")
     _require(0 <= config.data.eval_fraction < 1, "data.eval_fraction", config.data.eval_fraction, "0 up to below 1")
     _require(0 <= config.data.max_bad_fraction <= 1, "data.max_bad_fraction", config.data.max_bad_fraction, "0 to 1")
     if config.data.eval_source is not None and config.data.eval_fraction > 0:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from ray_kd import storage
 from tests.tiny import tiny_llama
 
 REPOSITORY = Path(__file__).parent.parent
@@ -55,6 +56,7 @@ class Job:
     stdout: str
     stderr: str
     run_dir: Path
+    """As of `storage.path`: one in an object store reads the same."""
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -72,6 +74,7 @@ class Jobs:
         self.folder = folder
         self.environment = environment
         self.address = address
+        self.runs = str(folder / "runs")
         self.teacher = tiny_llama(folder / "teacher", layers=4, seed=1)
         self.student = tiny_llama(folder / "student", layers=2, seed=2)
         self.data = folder / "train.jsonl"
@@ -131,7 +134,7 @@ class Jobs:
         return Job(done.returncode, done.stdout, done.stderr, self.folder)
 
     def run_dir(self, name: str) -> Path:
-        return self.folder / "runs" / name
+        return storage.path(self.runs) / name
 
     def wait_for_step(self, name: str, step: int, process: "subprocess.Popen[str]") -> None:
         """Until metrics.jsonl has a line of this step."""
@@ -143,6 +146,37 @@ class Jobs:
             time.sleep(0.05)
         stdout, stderr = process.communicate(timeout=10)
         pytest.fail(f"step {step} was never reached:\n{stdout}\n{stderr}")
+
+
+@dataclass(frozen=True)
+class ObjectStore:
+    """A server of the S3 protocol on this machine; the environment names it to this process and to its children."""
+
+    environment: dict[str, str]
+    uri: str
+
+
+@pytest.fixture(scope="session")
+def object_store() -> Iterator[ObjectStore]:
+    """An S3 store with one empty bucket."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    environment = {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "tests",
+        "AWS_SECRET_ACCESS_KEY": "tests",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        boto3.client("s3").create_bucket(Bucket="runs")
+        yield ObjectStore(environment, "s3://runs")
+    server.stop()
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ray_kd import storage
 from ray_kd.errors import DataError
 
 MANIFEST_NAME = "manifest.json"
@@ -88,7 +89,7 @@ class Manifest:
     @classmethod
     def read(cls, folder: str | Path) -> "Manifest":
         """The manifest of a folder. Raises DataError when there is none or it cannot be read."""
-        path = Path(folder, MANIFEST_NAME)
+        path = storage.path(folder) / MANIFEST_NAME
         try:
             return cls.from_json(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
@@ -104,9 +105,9 @@ def is_intact(folder: str | Path, fingerprint: str) -> bool:
         manifest = Manifest.read(folder)
     except DataError:
         return False
+    paths = {storage.path(folder) / file.name: file.nbytes for file in [*manifest.files, *manifest.eval_files]}
     return manifest.fingerprint == fingerprint and all(
-        Path(folder, file.name).is_file() and Path(folder, file.name).stat().st_size == file.nbytes
-        for file in [*manifest.files, *manifest.eval_files]
+        path.is_file() and path.stat().st_size == nbytes for path, nbytes in paths.items()
     )
 
 

@@ -7,9 +7,7 @@ The driver holds 16 bytes a row and 16 bytes a document, never the data; the dis
 
 import json
 import logging
-import os
 import pickle
-import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -20,7 +18,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from ray_kd import config as configuration
-from ray_kd import schema
+from ray_kd import schema, storage
 from ray_kd.data.manifest import MANIFEST_NAME, Manifest, PreparedFile, is_intact
 from ray_kd.data.plan import Plan, plan_preparation
 from ray_kd.data.prepared import PreparedData
@@ -51,17 +49,17 @@ def prepare(
 ) -> PreparedData:
     """The prepared data of a config: found in prepared_dir, or made there with Ray Data (Ray must be initialised).
 
-    prepared_dir: a folder that every node sees. quarantine_path: where the refused records are listed besides the
-    data's own folder. num_blocks: tasks that the shards are dealt to; any number gives the same bytes.
+    prepared_dir: a folder that every node sees, or a URI. quarantine_path: where the refused records are listed
+    besides the data's own folder. num_blocks: tasks that the shards are dealt to; any number gives the same bytes.
     plan: of these settings, where it was made before; it saves a pass over the sources.
     Raises ConfigError for what the user can fix; DataError when no usable record is left or more than
     max_bad_fraction of them are refused, with the refused ones listed in quarantine_path, or beside the folder.
     """
     plan = plan or plan_preparation(config, tokenizer_path, revision, seed)
-    root = _local(prepared_dir)
+    root = storage.path(prepared_dir)
     final = root / plan.folder_name
     beside = root / f"{final.name}.{QUARANTINE_NAME}"
-    listed = Path(quarantine_path or beside)
+    listed = storage.path(quarantine_path or beside)
     if is_intact(final, plan.fingerprint):
         # Training lists refused teacher answers in the same file: what is there stays.
         if not listed.exists():
@@ -76,15 +74,6 @@ def prepare(
     beside.unlink(missing_ok=True)
     _warn(prepared.manifest)
     return prepared
-
-
-def find_prepared(
-    config: configuration.Data, tokenizer_path: str, revision: str | None, seed: int, prepared_dir: str | Path
-) -> PreparedData | None:
-    """The prepared data of a config where it is in prepared_dir and complete. Needs no Ray; raises ConfigError."""
-    plan = plan_preparation(config, tokenizer_path, revision, seed)
-    folder = _local(prepared_dir) / plan.folder_name
-    return PreparedData(folder) if is_intact(folder, plan.fingerprint) else None
 
 
 def _make(plan: Plan, folder: Path, listed: Path, config: configuration.Data, num_blocks: int | None) -> None:
@@ -102,12 +91,9 @@ def _make(plan: Plan, folder: Path, listed: Path, config: configuration.Data, nu
     for side in SIDES:
         files += plan_files(side, [result.counts[f"{side}_rows"] for result in results], plan.task.seed)
     written = _map(partial(write_file, folder=str(folder), length=config.sequence_length), files, num_blocks)
-    shutil.rmtree(parts_folder(folder))
+    storage.remove(parts_folder(folder))
     manifest = _manifest(plan, counts, results, files, written)
-    with (folder / MANIFEST_NAME).open("w", encoding="utf-8") as file:
-        file.write(manifest.to_json())
-        file.flush()
-        os.fsync(file.fileno())
+    storage.write_text(folder / MANIFEST_NAME, manifest.to_json())
 
 
 def _manifest(
@@ -239,9 +225,3 @@ def _join(parts: Iterable[Path], whole: Path) -> None:
                 file.write(part.read_bytes())
     except OSError as error:
         raise ConfigError(f"'{whole}' cannot be written: {error.strerror}") from error
-
-
-def _local(prepared_dir: str | Path) -> Path:
-    if "://" in str(prepared_dir):
-        raise ConfigError(f"data.prepared_dir '{prepared_dir}' is a URI: allowed is a folder that every node sees")
-    return Path(prepared_dir).expanduser().absolute()

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from ray_kd import schema
+from ray_kd import schema, storage
 from ray_kd.data.manifest import Manifest, PreparedFile
 from ray_kd.errors import DataError
 
@@ -48,10 +48,13 @@ def arrow_schema(sequence_length: int) -> pa.Schema:
 
 
 class PreparedData:
-    """A folder of prepared data, open for reading. Pickles as its path; raises DataError without a manifest."""
+    """A folder of prepared data, open for reading. Pickles as its path; raises DataError without a manifest.
+
+    Of a folder in an object store, each file is copied to this node when a row of it is first asked for.
+    """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+        self.folder = storage.path(folder)
         self.manifest = Manifest.read(self.folder)
         self._files: OrderedDict[str, pq.ParquetFile] = OrderedDict()
         self._groups: OrderedDict[tuple[str, int], pa.Table] = OrderedDict()
@@ -115,7 +118,7 @@ class PreparedData:
 
     def _group(self, name: str, index: int) -> pa.Table:
         def read() -> pa.Table:
-            opened = _remember(self._files, name, lambda: pq.ParquetFile(self.folder / name))
+            opened = _remember(self._files, name, lambda: pq.ParquetFile(storage.fetch(self.folder / name)))
             return opened.read_row_group(index)
 
         return _remember(self._groups, (name, index), read)

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ray_kd import plugins
+from ray_kd import plugins, storage
 from ray_kd.data import tokenizer as tokenizing
 from ray_kd.data.packing import cut, has_target, pack
 from ray_kd.data.records import BadRecord, Document, Record, Segment, excerpt
@@ -70,7 +70,7 @@ def prepare_shard(index: int, is_eval: bool, shard: dict[str, Any], task: Task, 
     """Write the shard's packed rows and its quarantined records as parts in `folder`. Done again, it replaces them.
 
     index: the shard's number over source and eval_source; is_eval: it is one of eval_source;
-    folder: on a disk that every node sees.
+    folder: where every node can write, a path or a URI.
     """
     # Shards are the parallelism; threads of the tokenizer on top of it would fight over the cores.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -107,7 +107,7 @@ def prepare_shard(index: int, is_eval: bool, shard: dict[str, Any], task: Task, 
 
 def parts_folder(folder: str | Path) -> Path:
     """Where the parts of the shards stand until the files are written."""
-    return Path(folder, "parts")
+    return storage.path(folder) / "parts"
 
 
 def part_path(folder: str | Path, side: str, index: int) -> Path:
@@ -220,6 +220,10 @@ def _write_bad(path: Path, bad: Iterable[BadRecord]) -> None:
 
 
 def _replace(path: Path, chunks: Iterable[bytes]) -> None:
+    if storage.is_remote(path):  # a put is whole
+        with path.open("wb") as file:
+            file.writelines(chunks)
+        return
     # A task that Ray runs twice may write twice at once: each to a name of its own, then in place at a stroke.
     partial = path.with_name(f"{path.name}.{os.getpid()}")
     with partial.open("wb") as file:

@@ -6,7 +6,7 @@ memory is one row group, 12 x 256 bytes a token of T, whatever the size of the d
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from ray_kd import schema
+from ray_kd import schema, storage
 from ray_kd.data.prepared import ROWS_PER_FILE, ROWS_PER_GROUP, arrow_schema, sha256_of
 from ray_kd.data.shard import mix, part_path
 
@@ -65,7 +65,12 @@ def plan_files(side: str, rows_of_part: Sequence[int], seed: int) -> list[FilePl
 
 def write_file(plan: FilePlan, folder: str, length: int) -> FileResult:
     """Write folder/<plan.name> and count its targets. Done again, it writes the same bytes."""
-    path = Path(folder, plan.name)
+    parts = {part: storage.fetch(part_path(folder, plan.side, part)) for part in np.unique(plan.parts).tolist()}
+    with storage.drafted_file(storage.path(folder) / plan.name) as path:
+        return _write(plan, parts, path, length)
+
+
+def _write(plan: FilePlan, parts: Mapping[int, Path], path: Path, length: int) -> FileResult:
     target_tokens = target_bytes = max_targets = 0
     # Token ids compress as they are: a dictionary page per row group costs time and gains nothing.
     with pq.ParquetWriter(
@@ -73,7 +78,7 @@ def write_file(plan: FilePlan, folder: str, length: int) -> FileResult:
     ) as writer:
         for start in range(0, len(plan.rows), ROWS_PER_GROUP):
             chosen = slice(start, start + ROWS_PER_GROUP)
-            values = _gather(plan, chosen, folder, 3 * length + 1)
+            values = _gather(plan, chosen, parts, 3 * length + 1)
             input_ids, labels, position_ids = (values[:, i * length : (i + 1) * length] for i in range(3))
             num_target_bytes = values[:, -1]
             row_ids = plan.number * ROWS_PER_FILE + start + np.arange(len(values))
@@ -86,10 +91,10 @@ def write_file(plan: FilePlan, folder: str, length: int) -> FileResult:
     return FileResult(len(plan.rows), path.stat().st_size, sha256_of(path), target_tokens, target_bytes, max_targets)
 
 
-def _gather(plan: FilePlan, chosen: slice, folder: str, width: int) -> NDArray[np.int32]:
+def _gather(plan: FilePlan, chosen: slice, parts: Mapping[int, Path], width: int) -> NDArray[np.int32]:
     values = np.empty((len(plan.rows[chosen]), width), dtype=np.int32)
     for place, (part, row) in enumerate(zip(plan.parts[chosen].tolist(), plan.rows[chosen].tolist(), strict=True)):
-        values[place] = np.fromfile(part_path(folder, plan.side, part), np.int32, width, offset=row * width * 4)
+        values[place] = np.fromfile(parts[part], np.int32, width, offset=row * width * 4)
     return values
 
 

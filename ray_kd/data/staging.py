@@ -2,26 +2,35 @@
 
 Several drivers may prepare the same data at once: each writes its own temporary folder, the first to finish wins and
 the others use what it made. A temporary folder whose driver is gone is removed. Needs a file system with atomic
-rename of folders and flock: a local disk, NFS 4 or the like, seen by every node that prepares.
+rename of folders and flock: a local disk, NFS 4 or the like, seen by every node that prepares. In an object store the
+staged files are copied to their place, the manifest last; two drivers that do so at once copy the same bytes.
 """
 
 import fcntl
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from ray_kd import storage
+from ray_kd.data.manifest import MANIFEST_NAME
 from ray_kd.errors import ConfigError
 
 _PREFIX = ".preparing-"
+_OLD_S = 24 * 3600
 
 
 @contextmanager
 def staging(parent: Path) -> Iterator[Path]:
     """An empty temporary folder in `parent`, locked while the block runs and removed with whatever is left in it."""
+    if storage.is_remote(parent):
+        with _staging_remote(parent) as folder:
+            yield folder
+        return
     folder = parent / f"{_PREFIX}{uuid.uuid4().hex[:12]}"
     lock_path = folder.with_suffix(".lock")
     try:
@@ -43,6 +52,11 @@ def commit(folder: Path, final: Path, is_whole: Callable[[Path], bool]) -> None:
 
     What stands there and is not whole (a disk that lost data) is removed first.
     """
+    if storage.is_remote(final):
+        if not is_whole(final):
+            storage.remove(final, first=MANIFEST_NAME)
+            storage.copy_folder(folder, final, last=MANIFEST_NAME)
+        return
     if final.exists() and not is_whole(final):
         broken = folder.with_name(f"{folder.name}.broken")
         os.rename(final, broken)
@@ -56,6 +70,8 @@ def commit(folder: Path, final: Path, is_whole: Callable[[Path], bool]) -> None:
 
 def sweep(parent: Path) -> list[str]:
     """Remove temporary folders whose driver is gone; returns their names."""
+    if storage.is_remote(parent):
+        return _sweep_remote(parent)
     removed = []
     for lock_path in parent.glob(f"{_PREFIX}*.lock"):
         with lock_path.open("a") as lock:
@@ -67,6 +83,28 @@ def sweep(parent: Path) -> list[str]:
             lock_path.unlink(missing_ok=True)
             removed.append(lock_path.stem)
     return removed
+
+
+@contextmanager
+def _staging_remote(parent: Path) -> Iterator[Path]:
+    folder = parent / f"{_PREFIX}{int(time.time())}-{uuid.uuid4().hex[:12]}"
+    try:
+        (folder / ".started").write_text("")
+    except Exception as error:  # a store's client raises what it likes
+        raise ConfigError(f"data.prepared_dir '{parent}' cannot be written: {error}") from error
+    try:
+        yield folder
+    finally:
+        storage.remove(folder)
+
+
+def _sweep_remote(parent: Path) -> list[str]:
+    """No lock says whose driver is gone, so what is a day old goes."""
+    names = {name.split("/")[0] for name in storage.sizes(parent) if name.startswith(_PREFIX)}
+    old = [name for name in sorted(names) if time.time() - int(name.removeprefix(_PREFIX).split("-")[0]) > _OLD_S]
+    for name in old:
+        storage.remove(parent / name)
+    return old
 
 
 def _locked(path: Path) -> IO[str]:

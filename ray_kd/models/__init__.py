@@ -21,7 +21,6 @@ from ray_kd.models.folder import (
     licence_of,
     local_folder,
     model_identity,
-    tokenizer_identity,
 )
 from ray_kd.models.layers import block_influence, check_layers, choose_layers, init_from_layers
 from ray_kd.models.load import (
@@ -57,6 +56,5 @@ __all__ = [
     "model_identity",
     "quiet",
     "require_plain_head",
-    "tokenizer_identity",
     "torch_dtype",
 ]

@@ -22,9 +22,10 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from ray_kd import storage
 from ray_kd.errors import ConfigError
 
 _GENERATIVE = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
@@ -46,8 +47,8 @@ def is_local(path_or_id: str) -> bool:
 
 
 def local_folder(path_or_id: str) -> str:
-    """The model as transformers wants it: a path with `~` resolved, or the hub id as it stands."""
-    return str(Path(path_or_id).expanduser()) if is_local(path_or_id) else path_or_id
+    """The model as transformers wants it: a path (of a copy on this node, for a URI), or the hub id as it stands."""
+    return str(storage.fetch(path_or_id)) if is_local(path_or_id) else path_or_id
 
 
 def check_model(path_or_id: str, revision: str | None, what: str) -> PreTrainedConfig:
@@ -97,23 +98,6 @@ def model_identity(path_or_id: str, revision: str | None = None) -> str:
                 file.seek(8 + header + (size - 8 - header) * sample // _SAMPLES_PER_FILE)
                 digest.update(file.read(_SAMPLE_BYTES))
     return f"sha256:{digest.hexdigest()}"
-
-
-def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
-    """ "sha256:<hex>" of everything that decides ids: vocabulary, rules, special tokens and the chat template.
-
-    The same after save_pretrained and loading again.
-    """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    content = {
-        "vocabulary": sorted(tokenizer.get_vocab().items()),
-        "rules": {k: v for k, v in json.loads(backend.to_str()).items() if k not in ("truncation", "padding")}
-        if backend is not None
-        else type(tokenizer).__name__,
-        "special": {name: str(token) for name, token in sorted(tokenizer.special_tokens_map.items())},
-        "template": tokenizer.chat_template,
-    }
-    return f"sha256:{hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()}"
 
 
 def licence_of(path_or_id: str, revision: str | None = None) -> str:

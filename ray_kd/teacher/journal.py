@@ -1,22 +1,51 @@
 """The teacher's work over all actors and restarts, counted from the journal its stage keeps."""
 
 import json
+import uuid
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from ray_kd.storage import GrowingFile
+
 JOURNAL = "teacher"
-"""Folder of the journal in the run folder, one file an actor."""
+"""Folder of the journal in the run folder, a file or more an actor."""
+
+_MAX_PUT_BYTES = 2**16
 
 
-def count_rows(run_dir: str | Path) -> tuple[int, int]:
+class Journal:
+    """One actor's lines, one per block. In an object store a file is put whole for each line, so files stay small."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._folder = run_dir / JOURNAL
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._name = uuid.uuid4().hex
+        self._count = 0
+        self._file = self._next()
+
+    def add(self, line: dict[str, Any]) -> None:
+        """Add a line; a killed actor loses none on a disk, at most the last one in a store."""
+        self._file.write(json.dumps(line) + "\n")
+        self._file.publish(wait=False)
+        if self._file.nbytes > _MAX_PUT_BYTES and self._file.is_remote:
+            self._file.close()
+            self._file = self._next()
+
+    def _next(self) -> GrowingFile:
+        self._count += 1
+        return GrowingFile(self._folder / f"{self._name}-{self._count:05d}.jsonl")
+
+
+def count_rows(run_dir: Path) -> tuple[int, int]:
     """(rows through the engine over all actors and restarts, how many of them were done before).
 
     A line cut short by a kill is the actor's last and is not counted. Memory: one byte a slot.
     """
     done = np.zeros(1024, dtype=np.bool_)
     total = 0
-    for path in sorted(Path(run_dir, JOURNAL).glob("*.jsonl")):
+    for path in sorted((run_dir / JOURNAL).glob("*.jsonl")):
         with path.open(encoding="utf-8") as file:
             for line in file:
                 if not line.endswith("\n"):

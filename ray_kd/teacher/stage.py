@@ -9,21 +9,18 @@ a failed answer is never replaced by padding. An engine that raises for the whol
 (`max_task_retries`) and then fails the run.
 """
 
-import json
 import os
 import time
-import uuid
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from ray_kd import plugins, refusal, schema
+from ray_kd import plugins, refusal, schema, storage
 from ray_kd.config import Teacher
 from ray_kd.teacher.engine import Engine, Request, RowError
-from ray_kd.teacher.journal import JOURNAL
+from ray_kd.teacher.journal import Journal
 
 
 @dataclass(frozen=True)
@@ -79,12 +76,11 @@ class TeacherStage:
     """
 
     def __init__(self, spec: EngineSpec, request: Request, run_dir: str) -> None:
-        with refusal.reported(Path(run_dir)):
+        folder = storage.path(run_dir)
+        with refusal.reported(folder):
             self._engine = spec.build()
         self._request = request
-        journal = Path(run_dir) / JOURNAL
-        journal.mkdir(parents=True, exist_ok=True)
-        self._journal = (journal / f"{uuid.uuid4().hex}.jsonl").open("a", buffering=1)
+        self._journal = Journal(folder)
 
     def __call__(self, block: pa.Table) -> pa.Table:
         start = time.perf_counter()
@@ -103,9 +99,7 @@ class TeacherStage:
                 payloads[place] = answer.encode()
 
         busy_s = time.perf_counter() - start
-        self._journal.write(
-            json.dumps({"slots": [int(slots[i]) for i in asked], "busy_s": round(busy_s, 6), "pid": os.getpid()}) + "\n"
-        )
+        self._journal.add({"slots": [int(slots[i]) for i in asked], "busy_s": round(busy_s, 6), "pid": os.getpid()})
         share = np.full(block.num_rows, busy_s / block.num_rows, dtype=np.float32)
         block = block.set_column(block.schema.get_field_index(schema.WEIGHT), schema.WEIGHT, pa.array(weight))
         block = block.append_column(schema.TEACHER_PAYLOAD, pa.array(payloads, type=pa.binary()))

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ray_kd import refusal
+from ray_kd import refusal, storage
 from ray_kd.config import Student, Train
 from ray_kd.locks import writer_lock
 from ray_kd.trainer.feed import Feed
@@ -72,7 +72,8 @@ def train(spec: TrainSpec) -> None:
         temperature=spec.loss_options["temperature"],
         timeout_s=spec.train.timeout_s,
     )
-    with contextlib.closing(feed), writer_lock(Path(spec.run_dir)), refusal.reported(Path(spec.run_dir)):
+    run_dir = storage.path(spec.run_dir)
+    with contextlib.closing(feed), writer_lock(run_dir), refusal.reported(run_dir):
         _train(spec, feed, rank=ray.train.get_context().get_world_rank(), world=world)
 
 
@@ -82,7 +83,8 @@ def _train(spec: TrainSpec, feed: Feed, rank: int, world: int) -> None:
     from ray_kd.trainer import zero
     from ray_kd.trainer.step import train_step
 
-    run_dir, options = Path(spec.run_dir), spec.train
+    run_dir, options = storage.path(spec.run_dir), spec.train
+    stop_flag = storage.Flag(run_dir / STOP_FLAG)
     torch.set_num_threads(spec.threads)
     engine, device = _build_engine(spec, rank, world)
     evaluate = spec.make_evaluate(device) if spec.make_evaluate else None
@@ -100,7 +102,7 @@ def _train(spec: TrainSpec, feed: Feed, rank: int, world: int) -> None:
                 warmup_steps=options.warmup_steps, num_steps=spec.num_steps,
             )  # fmt: skip
             zero.set_learning_rate(engine, rate)
-            result = train_step(engine, micro_batches, device, stop=(run_dir / STOP_FLAG).exists())
+            result = train_step(engine, micro_batches, device, stop=stop_flag.is_set())
             if not math.isfinite(result.metrics["loss"]):
                 raise FloatingPointError(
                     f"loss {result.metrics['loss']} at step {step}: rows {result.row_ids.tolist()}"
@@ -118,6 +120,7 @@ def _train(spec: TrainSpec, feed: Feed, rank: int, world: int) -> None:
             recorder.add(metrics, result, is_logged=is_last or is_evaluated or step % options.log_every == 0)
             ledger.totals.wall_s += time.perf_counter() - start
             if is_last or _is_due(step, options.checkpoint_every, spec.num_steps):
+                recorder.publish()
                 _save(spec, engine, step, ledger, metrics, rank, world)
             if is_last:
                 break
@@ -174,11 +177,11 @@ def _restore(spec: TrainSpec, engine: Any, rank: int) -> tuple["Ledger", int]:
     from ray_kd.trainer.rng import load_rng
 
     # Rank 0 verifies for all: every byte is hashed once, and ranks cannot disagree.
-    newest = [checkpoint.newest_verified(Path(spec.run_dir) / CHECKPOINTS) if rank == 0 else None]
+    newest = [checkpoint.newest_verified(storage.path(spec.run_dir) / CHECKPOINTS) if rank == 0 else None]
     dist.broadcast_object_list(newest, src=0)
-    folder = newest[0]
-    if folder is None:
+    if newest[0] is None:
         return Ledger(spec.num_rows, spec.num_planned_rows), 1
+    folder = checkpoint.local_copy(newest[0])
     document = checkpoint.read_state(folder)
     load_fragments(engine, engine.module, folder)
     load_rng(folder, rank)
@@ -198,12 +201,12 @@ def _save(
     from ray_kd.trainer.fragments import save_fragments
     from ray_kd.trainer.rng import save_rng
 
-    root = Path(spec.run_dir) / CHECKPOINTS
+    root = storage.path(spec.run_dir) / CHECKPOINTS
     tmp = checkpoint.begin(root, step, rank)
     dist.barrier()
     files = [*save_fragments(engine, engine.module, tmp, rank, world), save_rng(tmp, rank)]
     hashes: list[Any] = [None] * world
-    dist.all_gather_object(hashes, checkpoint.hash_files(tmp, files))
+    dist.all_gather_object(hashes, checkpoint.put_files(tmp, root, step, files))
     folder = [""]
     if rank == 0:
         state = {"ledger": ledger.state(), "student_path": spec.student_path, "metrics": _finite(metrics)}
@@ -215,7 +218,7 @@ def _save(
     # The folder already lies in Train's experiment directory (the run folder), so nothing is copied.
     ray.train.report(
         {"step": step, "loss": metrics["train/loss"]},
-        checkpoint=Checkpoint.from_directory(folder[0]),
+        checkpoint=Checkpoint(*storage.for_arrow(storage.path(folder[0]))),
         checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
     )
 
@@ -231,9 +234,7 @@ def _evaluate_before(run_dir: Path, engine: Any, evaluate: Evaluate, rank: int) 
         return
     metrics = evaluate(engine)
     if rank == 0:
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(_finite(metrics)), encoding="utf-8")
-        temporary.replace(path)
+        storage.write_text(path, json.dumps(_finite(metrics)))
 
 
 def _check_slots(micro_batches: Sequence["MicroBatch"], step: int, global_batch_size: int) -> None:
@@ -259,8 +260,7 @@ def _quarantine(run_dir: Path, micro_batches: Sequence["MicroBatch"], rank: int)
         path = run_dir / QUARANTINE
         known = set(path.read_text(encoding="utf-8").splitlines()) if path.exists() else set()
         lines = [json.dumps(record) for records in everyone for record in records]
-        with path.open("a", encoding="utf-8") as file:
-            file.writelines(line + "\n" for line in lines if line not in known)
+        storage.append_text(path, "".join(line + "\n" for line in lines if line not in known))
 
 
 def _metrics(step: int, result: "StepResult", rate: float, wait_s: float, spec: TrainSpec) -> dict[str, Any]:
@@ -305,6 +305,11 @@ class _Recorder:
     def __exit__(self, *_: object) -> None:
         if self._logger is not None:
             self._logger.close()
+
+    def publish(self) -> None:
+        """Make the lines so far visible, where the run folder is in an object store."""
+        if self._logger is not None:
+            self._logger.publish()
 
     def add(self, metrics: dict[str, Any], result: "StepResult", is_logged: bool) -> None:
         """Count a step's tokens and, when it is logged, write its line."""

@@ -1,11 +1,15 @@
 """Processes die: no row is lost or trained twice, and the run that went on is the run that was never interrupted."""
 
+import json
 import signal
 
 import psutil
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+
+from ray_kd import storage
+from tests.conftest import Jobs
 
 pytestmark = pytest.mark.ray
 
@@ -48,7 +52,7 @@ def assert_same_run(job, uninterrupted):
     assert summary["rows_missing"] == summary["rows_duplicated"] == 0
     assert summary["rows_consumed"] == uninterrupted.summary["rows_consumed"]
     assert summary["eval"] == uninterrupted.summary["eval"]
-    final = AutoModelForCausalLM.from_pretrained(job.run_dir / "final").state_dict()
+    final = AutoModelForCausalLM.from_pretrained(storage.fetch(job.run_dir / "final")).state_dict()
     expected = AutoModelForCausalLM.from_pretrained(uninterrupted.run_dir / "final").state_dict()
     assert all(torch.equal(final[name], expected[name]) for name in expected)
 
@@ -74,6 +78,31 @@ def test_the_driver_is_killed(local_jobs, jobs, settings, uninterrupted):
     assert_same_run(job, uninterrupted)
     assert job.summary["restarts"] == 1
     assert job.summary["teacher_rows_repeated"] > 0
+
+
+def test_the_driver_of_a_run_in_an_object_store_is_killed(
+    tmp_path_factory, ray_environment, object_store, jobs, settings, uninterrupted
+):
+    """The same with run.dir, prepared data, checkpoints and final/ in a store: nothing but the URI is shared."""
+    remote = Jobs(tmp_path_factory.mktemp("remote-jobs"), ray_environment | object_store.environment, None)
+    remote.runs = f"{object_store.uri}/team"
+    remote.data.write_bytes(jobs.data.read_bytes())
+    overrides = (*settings, f"teacher.model={jobs.teacher}")
+    process = remote.start("killed", *overrides)
+    remote.wait_for_step("killed", 3, process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    job = remote.distill("killed", *overrides)
+    assert_same_run(job, uninterrupted)
+    assert job.summary["restarts"] == 1
+    present = {found.name for found in job.run_dir.iterdir()}
+    assert {"config.yaml", "run.json", "metrics.jsonl", "driver.log", "final", "summary.json"} <= present
+    assert present.isdisjoint({".driver.lock", ".writers.lock", ".stop", ".refused"})
+    evaluated = remote.run("evaluate", str(job.run_dir), "--json")
+    assert evaluated.exit_code == 0, evaluated.stderr
+    assert json.loads(evaluated.stdout)["kl"] == pytest.approx(job.summary["eval"]["after"]["kl"], rel=1e-5)
+    again = remote.distill("killed", *overrides)
+    assert "finished already" in again.stdout
 
 
 def test_a_worker_is_killed(jobs, settings, uninterrupted):

@@ -8,7 +8,7 @@ import pytest
 import ray
 
 from ray_kd import config, schema
-from ray_kd.data.prepare import find_prepared, prepare
+from ray_kd.data.prepare import prepare
 from ray_kd.errors import ConfigError, DataError
 from tests.tiny import tiny_tokenizer
 
@@ -91,10 +91,7 @@ def test_the_same_bytes_on_any_number_of_tasks_and_found_again(workplace, record
     again = prepare(given, tokenizer, None, 0, workplace / "one", workplace / "later" / "quarantine.jsonl")
     assert {path: path.stat().st_mtime_ns for path in again.folder.iterdir()} == before
     assert (workplace / "later" / "quarantine.jsonl").read_text() == listed
-    found = find_prepared(given, tokenizer, None, 0, workplace / "one")
-    assert found is not None
-    assert found.manifest == manifest
-    assert find_prepared(given, tokenizer, None, 1, workplace / "one") is None
+    assert again.manifest == manifest
 
 
 def test_an_eval_source_is_kept_apart_and_compared(workplace, tmp_path, caplog):
@@ -155,5 +152,3 @@ def test_errors_of_a_task_reach_the_user_as_they_are(workplace, tmp_path):
     (tmp_path / "train.jsonl").write_text(json.dumps(conversation(1)))
     with pytest.raises(ConfigError, match="no chat template"):
         prepare(data(tmp_path / "train.jsonl"), str(tmp_path / "plain"), None, 0, tmp_path / "out")
-    with pytest.raises(ConfigError, match="is a URI"):
-        prepare(data(tmp_path / "train.jsonl"), str(workplace / "tokenizer"), None, 0, "s3://bucket/prepared")

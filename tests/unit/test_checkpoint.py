@@ -2,13 +2,15 @@
 
 import json
 import logging
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from ray_kd import checkpoint
+from ray_kd import checkpoint, storage
 from ray_kd.checkpoint import CorruptCheckpoint
+from ray_kd.errors import RetryableError
 
 
 def save(root: Path, step: int, state: dict | None = None) -> Path:
@@ -128,7 +130,7 @@ def test_ranks_hash_their_own_files(tmp_path: Path) -> None:
     hashes = {}
     for rank in range(2):
         (tmp / f"rank{rank}").write_bytes(b"r" * (rank + 1))
-        hashes.update(checkpoint.hash_files(tmp, [f"rank{rank}"]))
+        hashes.update(checkpoint.put_files(tmp, tmp_path, 5, [f"rank{rank}"]))
     folder = checkpoint.commit(tmp, tmp_path, 5, 40, {}, hashes)
     checkpoint.verify(folder)
     assert set(json.loads((folder / "manifest.json").read_text())["files"]) == {"rank0", "rank1", "state.json"}
@@ -138,7 +140,7 @@ def test_ranks_hash_their_own_files(tmp_path: Path) -> None:
 def test_commit_refuses_hashes_that_do_not_fit(tmp_path: Path, content: bytes | None, message: str) -> None:
     tmp = checkpoint.begin(tmp_path, 5)
     (tmp / "rank0").write_bytes(b"r")
-    hashes = checkpoint.hash_files(tmp, ["rank0"])
+    hashes = checkpoint.put_files(tmp, tmp_path, 5, ["rank0"])
     (tmp / "rank0").unlink()
     if content is not None:
         (tmp / "rank0").write_bytes(content)
@@ -199,3 +201,72 @@ def test_rotation_after_a_fall_back_keeps_the_good_checkpoint(tmp_path: Path) ->
     save(tmp_path, 75)
     assert checkpoint.rotate(tmp_path, newest=75, keep_last=1) == [50, 100]
     assert checkpoint.newest_verified(tmp_path) == tmp_path / "step_00000075"
+
+
+@pytest.fixture
+def store(object_store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """checkpoints/ of a run in an object store."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    return storage.path(f"{object_store.uri}/{uuid.uuid4().hex}/checkpoints")
+
+
+def save_in_store(root: Path, step: int, world: int = 2) -> Path:
+    hashes = {}
+    drafts = [checkpoint.begin(root, step, rank) for rank in range(world)]
+    assert len(set(drafts)) == world
+    for rank, tmp in enumerate(drafts):
+        (tmp / f"rank{rank}").write_bytes(bytes([rank]) * 100)
+        hashes.update(checkpoint.put_files(tmp, root, step, [f"rank{rank}"]))
+    return checkpoint.commit(drafts[0], root, step, step * 8, {"a": 1}, hashes)
+
+
+def test_in_a_store_the_manifest_is_the_commit(store: Path) -> None:
+    assert checkpoint.newest_verified(store) is None
+    assert checkpoint.sweep(store) == []
+    folder = save_in_store(store, 3)
+    assert checkpoint.newest_verified(store) == folder
+    assert checkpoint.read_state(folder)["next_slot"] == 24
+    checkpoint.verify(folder)
+    half = save_in_store(store, 6)
+    (half / "manifest.json").unlink()  # killed before the commit
+    assert checkpoint.newest_verified(store) == folder
+    assert checkpoint.sweep(store) == ["step_00000006"]
+    assert storage.sizes(half) == {}
+    copy = checkpoint.local_copy(folder)
+    assert (copy / "rank1").read_bytes() == b"\1" * 100
+    assert checkpoint.read_state(copy) == checkpoint.read_state(folder)
+    assert checkpoint.local_copy(folder) == copy
+
+
+def test_in_a_store_rotation_and_a_second_try(store: Path) -> None:
+    for step in (1, 2, 3):
+        save_in_store(store, step)
+    assert checkpoint.rotate(store, newest=3, keep_last=2) == [1]
+    assert [folder.name for folder in checkpoint.folders(store)] == ["step_00000002", "step_00000003"]
+    (store / "step_00000003" / "rank7").write_bytes(b"of an attempt with more ranks")
+    with pytest.raises(CorruptCheckpoint, match="rank7: not in"):
+        checkpoint.verify(store / "step_00000003")
+    checkpoint.verify(save_in_store(store, 3))
+
+
+def test_in_a_store_a_broken_checkpoint_is_given_up_for_the_one_before(store: Path) -> None:
+    good = save_in_store(store, 1)
+    broken = save_in_store(store, 2)
+    (broken / "rank0").write_bytes(b"\7" * 100)
+    assert checkpoint.newest_verified(store) == broken  # the sizes are right
+    with pytest.raises(RetryableError, match=r"rank0: sha256 differs .* given up for the one before"):
+        checkpoint.local_copy(broken)
+    assert checkpoint.newest_verified(store) == good
+    checkpoint.local_copy(good)
+    (good / "rank0").unlink()
+    assert checkpoint.newest_verified(store) is None
+
+
+def test_in_a_store_a_commit_wants_every_file(store: Path) -> None:
+    tmp = checkpoint.begin(store, 5)
+    (tmp / "rank0").write_bytes(b"r")
+    hashes = checkpoint.put_files(tmp, store, 5, ["rank0"])
+    (store / "step_00000005" / "rank0").unlink()
+    with pytest.raises(CorruptCheckpoint, match="rank0: missing"):
+        checkpoint.commit(tmp, store, 5, 40, {}, hashes)
+    assert checkpoint.newest_verified(store) is None

@@ -1,10 +1,16 @@
 """One writer per run folder, also against workers that outlive their driver."""
 
+import json
+import os
 import subprocess
 import sys
+import threading
+import time
+import uuid
 
 import pytest
 
+from ray_kd import locks, storage
 from ray_kd.errors import ConfigError, RetryableError
 from ray_kd.locks import driver_lock, writer_lock
 
@@ -66,3 +72,55 @@ def test_workers_share(tmp_path, held):
     held("writer_lock")
     with writer_lock(tmp_path):
         pass
+
+
+@pytest.fixture
+def run_in_store(object_store, monkeypatch):
+    """A run folder in an object store, with leases short enough to wait for."""
+    monkeypatch.setattr(locks, "BEAT_S", 0.2)
+    monkeypatch.setattr(locks, "LEASE_S", 1.0)
+    monkeypatch.setattr(locks, "_SETTLE_S", 0.1)
+    return storage.path(f"{object_store.uri}/{uuid.uuid4().hex}")
+
+
+def leave(run_dir, name):
+    """What a killed holder leaves: a lease that does not change any more."""
+    storage.write_text(run_dir / name, json.dumps({"holder": "pid 7 on gone", "beat": 3}))
+
+
+def test_in_a_store_a_second_driver_is_refused_by_name(run_in_store):
+    with driver_lock(run_in_store), pytest.raises(ConfigError, match=rf"another run \(pid {os.getpid()} on .*\)"):
+        driver_lock(run_in_store).__enter__()
+    with driver_lock(run_in_store):
+        pass
+    assert storage.sizes(run_in_store) == {}
+
+
+def test_in_a_store_the_leases_of_the_dead_run_out(run_in_store):
+    leave(run_in_store, ".driver.lock")
+    leave(run_in_store, ".writers.lock/one")
+    start = time.monotonic()
+    with driver_lock(run_in_store):
+        assert time.monotonic() - start > locks.LEASE_S
+        assert list(storage.sizes(run_in_store)) == [".driver.lock"]
+
+
+def test_in_a_store_living_workers_are_waited_for(run_in_store):
+    with writer_lock(run_in_store), writer_lock(run_in_store), pytest.raises(RetryableError, match="still hold"):
+        driver_lock(run_in_store, timeout_s=1.5).__enter__()
+    assert storage.sizes(run_in_store) == {}
+
+
+def test_in_a_store_of_two_that_start_at_once_one_has_it(run_in_store, monkeypatch):
+    monkeypatch.setattr(locks.time, "sleep", lambda _: leave(run_in_store, ".driver.lock"))  # the other wrote later
+    with pytest.raises(ConfigError, match=r"another run \(pid 7 on gone\)"), driver_lock(run_in_store):
+        pass
+    assert ".driver.lock" in storage.sizes(run_in_store)  # the other's lease stays
+
+
+def test_in_a_store_a_driver_that_stood_still_for_too_long_leaves(run_in_store, monkeypatch):
+    left = threading.Event()
+    monkeypatch.setattr(locks.os, "kill", lambda pid, signum: left.set())
+    with driver_lock(run_in_store):
+        leave(run_in_store, ".driver.lock")  # another took over
+        assert left.wait(5)

@@ -248,16 +248,6 @@ def test_identity_follows_content_only(llama: Path, tmp_path: Path) -> None:
     assert models.model_identity(str(copy)) != models.model_identity(str(llama))
 
 
-def test_tokenizer_identity_survives_saving_and_sees_the_template(llama: Path, tmp_path: Path) -> None:
-    tokenizer = models.load_tokenizer(str(llama))
-    tokenizer.save_pretrained(tmp_path)
-    tokenizer("truncating leaves a trace in the rules", truncation=True, max_length=3)
-    again = models.load_tokenizer(str(tmp_path))
-    assert models.tokenizer_identity(tokenizer) == models.tokenizer_identity(again)
-    again.chat_template = "{{ messages }}"
-    assert models.tokenizer_identity(tokenizer) != models.tokenizer_identity(again)
-
-
 def test_licence_comes_from_the_card(tmp_path: Path) -> None:
     assert models.licence_of(str(tmp_path)) == "unknown"
     (tmp_path / "README.md").write_text("---\nlicense: apache-2.0\ntags: [a]\n---\n# Model\n")
@@ -379,7 +369,8 @@ def test_the_student_folder_is_complete_and_in_the_dtype(llama: Path, tmp_path: 
     assert (tmp_path / "student" / "model.safetensors").stat().st_mode & 0o444 == 0o444
     assert models.load_causal_lm(str(tmp_path / "student")).dtype == torch.bfloat16
     ours, theirs = (models.load_tokenizer(str(path)) for path in (tmp_path / "student", llama))
-    assert models.tokenizer_identity(ours) == models.tokenizer_identity(theirs)
+    assert ours.get_vocab() == theirs.get_vocab()
+    assert ours.chat_template == theirs.chat_template
 
 
 def test_an_atomic_folder_is_complete_or_absent(tmp_path: Path) -> None:

@@ -12,15 +12,15 @@ def refuse(folder):
 
 
 def test_a_refusal_is_raised_here_and_there(tmp_path):
-    refusal.raise_reported(tmp_path)
+    refusal.Reported(tmp_path).check()
     with pytest.raises(ConfigError, match="caps its logits"):
         refuse(tmp_path)
     with pytest.raises(ConfigError, match="caps its logits"):
-        refusal.raise_reported(tmp_path)
+        refusal.Reported(tmp_path).check()
 
 
 def test_other_errors_are_not_refusals(tmp_path):
     with pytest.raises(OSError, match="disk"), refusal.reported(tmp_path):
         raise OSError("disk")
-    refusal.raise_reported(tmp_path)
+    refusal.Reported(tmp_path).check()
     assert list(tmp_path.iterdir()) == []

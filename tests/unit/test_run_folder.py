@@ -200,14 +200,16 @@ def test_the_folder_is_made_and_proved(tmp_path):
             run_folder.create(bad)
 
 
-def test_run_dir_is_a_path(load, tmp_path, monkeypatch):
+def test_run_dir_is_a_path_or_a_uri(load, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     loaded = load()
     loaded = dataclasses.replace(loaded, run=dataclasses.replace(loaded.run, dir=f"file://{tmp_path}/run"))
     assert run_folder.run_dir(loaded) == tmp_path / "run"
     assert run_folder.run_dir(load("run.dir=~/run")) == tmp_path / "run"
-    with pytest.raises(ConfigError, match=r"run\.dir 's3://bucket/run' is a URI"):
-        run_folder.run_dir(load("run.dir=s3://bucket/run"))
+    assert str(run_folder.run_dir(load("run.dir=s3://bucket/run"))) == "s3://bucket/run"
+    assert str(run_folder.prepared_dir(load("run.dir=s3://bucket/run"))) == "s3://bucket/prepared"
+    with pytest.raises(ConfigError, match="'nowhere://run': no file system is known for nowhere://"):
+        run_folder.run_dir(load("run.dir=nowhere://run"))
 
 
 def test_prepared_data_lies_beside_the_run_unless_told(load, tmp_path):
