@@ -136,7 +136,7 @@ def local_copy(folder: Path) -> Path:
     """
     if not storage.is_remote(folder):
         return folder
-    manifest = (folder / MANIFEST).read_text(encoding="utf-8")
+    manifest = storage.read_text(folder / MANIFEST)
     try:
         return storage.fetch(folder, group=str(folder.parent), version=manifest, check=verify)
     except CorruptCheckpoint as error:

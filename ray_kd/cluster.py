@@ -189,4 +189,4 @@ def check_shared(folder: Path, timeout_s: float) -> None:
 def _reads(path: str, token: str) -> bool:
     """Whether this node finds the token in the file."""
     probe = storage.path(path)
-    return probe.exists() and probe.read_text() == token
+    return probe.exists() and storage.read_text(probe) == token

@@ -6,6 +6,7 @@ No torch and no ray here, so a recipe loads on a laptop.
 """
 
 import ast
+import io
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from typing import Any
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
-from ray_kd import plugins
+from ray_kd import plugins, storage
 from ray_kd.errors import ConfigError
 
 
@@ -299,7 +300,7 @@ def _read_yaml(path: Path) -> DictConfig:
     if not path.is_file():
         raise ConfigError(f"config file '{path}' {'is a folder' if path.is_dir() else 'does not exist'}")
     try:
-        content = OmegaConf.load(path)
+        content = OmegaConf.load(io.StringIO(storage.read_text(path)))
     except Exception as error:  # yaml raises several unrelated classes for a malformed file
         raise ConfigError(f"config file '{path}' is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, DictConfig):

@@ -108,7 +108,7 @@ def _leases(run_dir: Path) -> dict[str, str]:
     found = {}
     for name in names:
         try:
-            found[name] = (run_dir / name).read_text(encoding="utf-8")
+            found[name] = storage.read_text(run_dir / name)
         except FileNotFoundError:  # given up meanwhile, or there is no driver
             continue
     return found
@@ -154,7 +154,7 @@ def _lease(lease: Path) -> Iterator[tuple[Path, str]]:
 
 def _holder(lease: Path) -> str | None:
     try:
-        return str(json.loads(lease.read_text(encoding="utf-8"))["holder"])
+        return str(json.loads(storage.read_text(lease))["holder"])
     except FileNotFoundError:
         return None
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ray_kd.storage import GrowingFile, write_text
+from ray_kd.storage import GrowingFile, read_lines, write_text
 
 _PUBLISH_EVERY_S = 10.0
 
@@ -41,12 +41,9 @@ class MetricLogger:
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
     """The whole lines of a metrics file, oldest first; nothing when there is no file."""
-    if not path.exists():
-        return
-    with path.open(encoding="utf-8") as file:
-        for line in file:
-            if line.endswith("\n"):
-                yield json.loads(line)
+    for line in read_lines(path):
+        if line.endswith("\n"):
+            yield json.loads(line)
 
 
 def _dump(metrics: Mapping[str, Any]) -> str:

@@ -35,4 +35,4 @@ class Reported:
     def check(self) -> None:
         """Raise the ConfigError that was reported, if one was."""
         if self._flag.is_set():
-            raise ConfigError(self._path.read_text(encoding="utf-8"))
+            raise ConfigError(storage.read_text(self._path))

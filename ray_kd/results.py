@@ -127,7 +127,7 @@ def held_out(
 def describe_samples(run_dir: Path) -> str:
     """samples.json for a person to read; empty when the run has none."""
     path = run_dir / run_folder.SAMPLES
-    samples: list[dict[str, Any]] = json.loads(path.read_text())["samples"] if path.exists() else []
+    samples: list[dict[str, Any]] = json.loads(storage.read_text(path))["samples"] if path.exists() else []
     return "\n".join(
         f"\nprompt:  {s['prompt']}\nbefore:  {_one_line(s['before'])}\nafter:   {_one_line(s['after'])}"
         for s in samples

@@ -142,7 +142,7 @@ def write_json(path: Path, document: Mapping[str, Any]) -> None:
 
 def _read(path: Path) -> dict[str, Any] | None:
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        return json.loads(storage.read_text(path)) if path.exists() else None
     except ValueError as error:
         raise ConfigError(f"'{path}' is damaged ({error}): restore it, or use another run.dir") from error
 

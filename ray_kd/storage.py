@@ -18,7 +18,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -91,11 +91,28 @@ def write_text(target: Path, text: str) -> None:
     temporary.replace(target)
 
 
+def read_text(source: Path) -> str:
+    """All of a small file, in one request: one that is being replaced is read as it was or as it is."""
+    if not is_remote(source):
+        return source.read_text(encoding="utf-8")
+    fs, name = filesystem(source)
+    return bytes(fs.cat_file(name)).decode()
+
+
+def read_lines(source: Path) -> Iterator[str]:
+    """The lines of a file, newlines included; nothing when there is none."""
+    if is_remote(source):
+        with suppress(FileNotFoundError):
+            yield from read_text(source).splitlines(keepends=True)
+    elif source.exists():
+        with source.open(encoding="utf-8") as file:
+            yield from file
+
+
 def append_text(target: Path, text: str) -> None:
     """Add to a small file that is written seldom and by one process at a time."""
     if is_remote(target):
-        known = target.read_text(encoding="utf-8") if target.exists() else ""
-        target.write_text(known + text, encoding="utf-8")
+        target.write_text("".join(read_lines(target)) + text, encoding="utf-8")
         return
     with target.open("a", encoding="utf-8") as file:
         file.write(text)
@@ -229,8 +246,7 @@ class GrowingFile:
             return
         self._pool = ThreadPoolExecutor(max_workers=1)
         self._file = tempfile.NamedTemporaryFile("w", encoding="utf-8")  # noqa: SIM115 (closed by close)
-        if target.exists():
-            self._file.write(target.read_text(encoding="utf-8"))
+        self._file.writelines(read_lines(target))
 
     def write(self, line: str) -> None:
         """Add a line, its newline included."""

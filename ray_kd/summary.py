@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ray_kd import checkpoint, run_folder
+from ray_kd import checkpoint, run_folder, storage
 from ray_kd.data.manifest import Manifest
 from ray_kd.data.order import SlotOrder
 from ray_kd.metrics import read_metrics
@@ -32,7 +32,7 @@ class Planned:
 def write(run_dir: Path, planned: Planned | None, exit_code: int) -> dict[str, Any]:
     """Write summary.json and return it. planned None: an attempt that failed early keeps what an earlier one knew."""
     path = run_dir / run_folder.SUMMARY
-    known = json.loads(path.read_text(encoding="utf-8")) if planned is None and path.exists() else {}
+    known = json.loads(storage.read_text(path)) if planned is None and path.exists() else {}
     before = Planned(**{field.name: known.get(field.name, 0) for field in fields(Planned)})
     document = build(run_dir, planned or before, exit_code)
     run_folder.write_json(path, document)
@@ -50,8 +50,7 @@ def build(run_dir: Path, planned: Planned, exit_code: int) -> dict[str, Any]:
     totals = Totals(**state["totals"]) if state else Totals()
     rows_consumed = int(state["rows_consumed"]) if state else 0
     computed, repeated = count_rows(run_dir)
-    attempts = run_dir / run_folder.ATTEMPTS
-    starts = len(attempts.read_text().splitlines()) if attempts.exists() else 0
+    starts = sum(1 for _ in storage.read_lines(run_dir / run_folder.ATTEMPTS))
     return {
         "rows_prepared": planned.rows_prepared,
         "rows_planned": planned.rows_planned,
@@ -117,7 +116,7 @@ def evaluation(run_dir: Path) -> dict[str, Any] | None:
     path = run_dir / EVAL_BEFORE
     if not path.exists():
         return None
-    before = json.loads(path.read_text())
+    before = json.loads(storage.read_text(path))
     after = before
     for line in read_metrics(run_dir / METRICS):
         after = {key.removeprefix("eval/"): v for key, v in line.items() if key.startswith("eval/")} or after

@@ -1,6 +1,7 @@
 """Fixtures that several test files share: one Ray for the session, and jobs run the way a user runs them."""
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -60,11 +61,11 @@ class Job:
 
     @property
     def summary(self) -> dict[str, Any]:
-        return json.loads((self.run_dir / "summary.json").read_text())
+        return json.loads(storage.read_text(self.run_dir / "summary.json"))
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.run_dir / "metrics.jsonl").read_text().splitlines()]
+        return [json.loads(line) for line in storage.read_lines(self.run_dir / "metrics.jsonl")]
 
 
 class Jobs:
@@ -141,7 +142,7 @@ class Jobs:
         path = self.run_dir(name) / "metrics.jsonl"
         deadline = time.monotonic() + JOB_TIMEOUT_S
         while process.poll() is None and time.monotonic() < deadline:
-            if path.exists() and f'"step": {step},' in path.read_text():
+            if any(f'"step": {step},' in line for line in storage.read_lines(path)):
                 return
             time.sleep(0.05)
         stdout, stderr = process.communicate(timeout=10)
@@ -163,6 +164,7 @@ def object_store() -> Iterator[ObjectStore]:
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line a request
     server.start()
     host, port = server.get_host_and_port()
     environment = {

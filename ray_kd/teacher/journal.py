@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ray_kd.storage import GrowingFile
+from ray_kd.storage import GrowingFile, read_lines
 
 JOURNAL = "teacher"
 """Folder of the journal in the run folder, a file or more an actor."""
@@ -46,13 +46,12 @@ def count_rows(run_dir: Path) -> tuple[int, int]:
     done = np.zeros(1024, dtype=np.bool_)
     total = 0
     for path in sorted((run_dir / JOURNAL).glob("*.jsonl")):
-        with path.open(encoding="utf-8") as file:
-            for line in file:
-                if not line.endswith("\n"):
-                    continue
-                slots = json.loads(line)["slots"]
-                total += len(slots)
-                if slots and max(slots) >= len(done):
-                    done = np.concatenate([done, np.zeros(max(slots) + 1, dtype=np.bool_)])
-                done[slots] = True
+        for line in read_lines(path):
+            if not line.endswith("\n"):
+                continue
+            slots = json.loads(line)["slots"]
+            total += len(slots)
+            if slots and max(slots) >= len(done):
+                done = np.concatenate([done, np.zeros(max(slots) + 1, dtype=np.bool_)])
+            done[slots] = True
     return total, total - int(done.sum())

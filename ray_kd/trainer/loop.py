@@ -258,9 +258,9 @@ def _quarantine(run_dir: Path, micro_batches: Sequence["MicroBatch"], rank: int)
     dist.all_gather_object(everyone, own)
     if rank == 0:
         path = run_dir / QUARANTINE
-        known = set(path.read_text(encoding="utf-8").splitlines()) if path.exists() else set()
-        lines = [json.dumps(record) for records in everyone for record in records]
-        storage.append_text(path, "".join(line + "\n" for line in lines if line not in known))
+        known = set(storage.read_lines(path))
+        lines = [json.dumps(record) + "\n" for records in everyone for record in records]
+        storage.append_text(path, "".join(line for line in lines if line not in known))
 
 
 def _metrics(step: int, result: "StepResult", rate: float, wait_s: float, spec: TrainSpec) -> dict[str, Any]:

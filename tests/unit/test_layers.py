@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 LAYERS = (
-    {"errors", "plugins", "config", "schema", "payloads"},
+    {"errors", "plugins", "config", "schema", "payloads", "storage"},
     {"losses", "models", "checkpoint", "metrics", "locks", "refusal"},
     {"data", "teacher", "trainer", "eval", "export"},
     {"cluster", "run_folder", "launch", "progress", "heldout", "summary", "results", "validate"},

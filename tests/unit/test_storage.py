@@ -58,6 +58,19 @@ def test_text_is_written_and_added_to(folder):
     assert sorted(found.name for found in folder.iterdir()) == ["a.jsonl", "b.json"]
 
 
+def test_a_file_is_read_while_it_is_replaced(folder):
+    """One open for reading in a store would be refused after the first block: its content has changed."""
+    assert list(storage.read_lines(folder / "a.jsonl")) == []
+    with pytest.raises(FileNotFoundError):
+        storage.read_text(folder / "a.jsonl")
+    storage.write_text(folder / "a.jsonl", "one\ntwo")
+    assert storage.read_text(folder / "a.jsonl") == "one\ntwo"
+    lines = storage.read_lines(folder / "a.jsonl")
+    assert next(lines) == "one\n"
+    storage.write_text(folder / "a.jsonl", "three")
+    assert list(lines) == ["two"]
+
+
 def test_a_growing_file_goes_on_where_it_stood(folder):
     for line in ("1\n", "2\n"):
         growing = storage.GrowingFile(folder / "a.jsonl")
