@@ -197,7 +197,7 @@ class Eval:
 @dataclass
 class Cluster:
     address: str | None = None
-    """Ray cluster to join (auto, host:port or ray://...). Default: RAY_ADDRESS, else a new local Ray."""
+    """Ray cluster to join (auto or host:port). Default: RAY_ADDRESS, else a new local Ray."""
     dashboard: bool | None = None
     """Start the dashboard with a new local Ray. Default: false."""
     wait_s: float = 60.0
@@ -255,8 +255,10 @@ def _make_absolute(config: RunConfig) -> None:
     if config.data.prepared_dir is not None:
         config.data.prepared_dir = _absolute(config.data.prepared_dir)
     for source in (config.data.source, config.data.eval_source):
-        if isinstance(source, dict) and isinstance(source.get("paths"), list):
-            source["paths"] = [_absolute(path) if isinstance(path, str) else path for path in source["paths"]]
+        if isinstance(source, dict) and isinstance(source.get("paths"), str | list):
+            paths = source["paths"]
+            paths = [paths] if isinstance(paths, str) else paths  # one path is a list of one
+            source["paths"] = [_absolute(path) if isinstance(path, str) else path for path in paths]
     for model in (config.teacher, config.student):
         # A hub id has the form of a relative path: what exists here, or begins like a path, is one.
         if model.model is not None and (Path(model.model).exists() or model.model.startswith((".", "~"))):

@@ -87,6 +87,16 @@ def _handlers(handler: "Callable[[int, FrameType | None], None]") -> Iterator[No
             signal.signal(signum, previous)
 
 
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """What an error came from, the innermost first. A RayTaskError has the exception of the remote side in `cause`."""
+    from ray.exceptions import RayTaskError
+
+    cause = error.cause if isinstance(error, RayTaskError) else error.__cause__
+    if isinstance(cause, BaseException):
+        yield from _chain(cause)
+    yield error
+
+
 def _mapped(error: BaseException) -> BaseException:
     """The error with the exit code that fits: what a worker of ours said, lost infrastructure, or a bug."""
     from ray.exceptions import RayActorError, RayError
@@ -98,9 +108,9 @@ def _mapped(error: BaseException) -> BaseException:
     elif isinstance(error, ControllerError):
         causes = [error.controller_failure]
     for cause in causes:
-        inner = getattr(cause, "cause", None) or cause  # a RayTaskError carries the exception of the remote side
-        if isinstance(inner, RayKDError):
-            return type(inner)(str(inner))
+        for inner in _chain(cause):
+            if isinstance(inner, RayKDError):
+                return type(inner)(str(inner))
     lost = next((c for c in causes if isinstance(c, RayActorError) or type(c).__module__.startswith("ray.train")), None)
     if lost is not None or isinstance(error, RayError):
         line = str(lost or error).strip().splitlines()[0]

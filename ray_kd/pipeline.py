@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ray_kd import checkpoint, cluster, launch, refusal, results, run_folder, schema, storage, summary
+from ray_kd import config as configuration
 from ray_kd.config import Pool, RunConfig
 from ray_kd.data.order import SlotOrder
 from ray_kd.data.prepared import PreparedData
@@ -142,7 +143,7 @@ def _order(config: RunConfig, manifest: "Manifest") -> SlotOrder:
 def _warn(config: RunConfig, order: SlotOrder) -> None:
     """Say what has no effect, and what repeated epochs cost."""
     train_options = config.train
-    for key in ("warmup_steps", "checkpoint_every"):
+    for key in ("warmup_steps", "checkpoint_every", "eval_every"):
         value = getattr(train_options, key)
         if value > order.num_steps:
             logger.warning("train.%s=%d has no effect: the run has %d steps", key, value, order.num_steps)
@@ -236,8 +237,7 @@ def _stream(spec: _StreamSpec) -> "ray.data.Dataset":
     run_dir = storage.path(spec.run_dir)
     newest = checkpoint.newest_verified(run_dir / CHECKPOINTS)
     start_slot = int(checkpoint.read_state(newest)["next_slot"]) if newest else 0
-    attempt = {"start_slot": start_slot, "time": time.time()}
-    storage.append_text(run_dir / run_folder.ATTEMPTS, json.dumps(attempt) + "\n")
+    _note_attempt(run_dir, start_slot)
 
     # The controller has a DataContext of its own: what the driver set does not reach it.
     context = ray.data.DataContext.get_current()
@@ -259,12 +259,18 @@ def _stream(spec: _StreamSpec) -> "ray.data.Dataset":
     )
 
 
+def _note_attempt(run_dir: Path, start_slot: int) -> None:
+    attempt = {"start_slot": start_slot, "time": time.time()}
+    storage.append_text(run_dir / run_folder.ATTEMPTS, json.dumps(attempt) + "\n")
+
+
 def _fit(
     config: RunConfig, run_dir: Path, prepared: PreparedData, order: SlotOrder, student_path: str, vocab_size: int
 ) -> None:
     """Train to the last step. Raises RetryableError when the run was stopped before it."""
     steps = _trained_steps(run_dir)
     if steps == order.num_steps:
+        _note_attempt(run_dir, order.num_slots)  # a restart all the same, of the driver
         return
     import ray.data
     import ray.train
@@ -285,6 +291,7 @@ def _fit(
     held_out = results.held_out(config, prepared.folder, threads.worker, on_gpu=options.gpus_per_worker > 0)
     spec = TrainSpec(
         run_dir=str(run_dir),
+        config_yaml=configuration.to_yaml(config),
         student_path=student_path,
         student=config.student,
         train=options,

@@ -32,6 +32,7 @@ METRICS = "metrics.jsonl"
 QUARANTINE = "quarantine.jsonl"
 STOP_FLAG = ".stop"
 CHECKPOINTS = "checkpoints"
+CONFIG = "config.yaml"
 
 Evaluate = Callable[[Any], dict[str, float]]
 """Engine -> metrics of the held-out rows. A collective: every rank calls it and gets the same numbers."""
@@ -42,6 +43,8 @@ class TrainSpec:
     """What a worker needs, small and picklable."""
 
     run_dir: str
+    config_yaml: str
+    """The resolved config, secrets masked: it goes along with every checkpoint."""
     student_path: str
     student: Student
     train: Train
@@ -205,6 +208,9 @@ def _save(
     tmp = checkpoint.begin(root, step, rank)
     dist.barrier()
     files = [*save_fragments(engine, engine.module, tmp, rank, world), save_rng(tmp, rank)]
+    if rank == 0:
+        (tmp / CONFIG).write_text(spec.config_yaml, encoding="utf-8")
+        files.append(CONFIG)
     hashes: list[Any] = [None] * world
     dist.all_gather_object(hashes, checkpoint.put_files(tmp, root, step, files))
     folder = [""]

@@ -156,12 +156,12 @@ def test_an_error_is_one_line_and_a_documented_exit_code(error, exit_code, line,
 
 
 def test_a_bug_leaves_its_traceback_in_the_log(monkeypatch, tmp_path, capsys, caplog):
-    handler = logging.FileHandler(tmp_path / "driver.log")
-    monkeypatch.setattr(logging.getLogger("ray_kd"), "handlers", [handler])
+    logger = logging.getLogger("ray_kd")
+    monkeypatch.setattr(logger, "handlers", [cli._RunLog(tmp_path / "driver.log")])
     monkeypatch.setitem(cli.JOBS, "distill", lambda argv: 1 // 0)
     with caplog.at_level(logging.DEBUG, logger="ray_kd"):
         assert run("distill") == 70
-    handler.close()
+    assert logger.handlers == []
     log = (tmp_path / "driver.log").read_text()
     assert "Traceback" in log
     assert "ZeroDivisionError" in log

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from ray_kd import launch
-from ray_kd.errors import ConfigError, RetryableError
+from ray_kd.errors import ConfigError, DataError, RetryableError
 
 
 def run(target, **more):
@@ -52,6 +52,24 @@ def test_an_error_of_ours_in_a_worker_keeps_its_class():
         raise WorkerGroupError("details", {0: ConfigError("dtype 'x' is unknown")})
 
     with pytest.raises(ConfigError, match="dtype 'x'"):
+        run(fails)
+
+
+def test_an_error_of_ours_in_a_task_keeps_its_class():
+    """As it comes when a task of the stream fails: the worker's error wraps Ray's, and that one ours."""
+    from ray.data.exceptions import UserCodeException
+    from ray.exceptions import RayTaskError
+    from ray.train import WorkerGroupError
+
+    def fails():
+        ours = UserCodeException("in a map")
+        ours.__cause__ = DataError("no usable record")
+        wrapped = RayTaskError("read", "a long traceback", ours).as_instanceof_cause()
+        outer = RuntimeError("next(iterator)")
+        outer.__cause__ = wrapped
+        raise WorkerGroupError("details", {0: outer})
+
+    with pytest.raises(DataError, match=r"^no usable record$"):
         run(fails)
 
 

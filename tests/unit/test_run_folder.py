@@ -40,6 +40,8 @@ def folder(tmp_path, load):
 
 
 IDENTITY = [
+    "eval.kl=topk",
+    "eval.max_rows=8",
     "run.seed=1",
     "data.format=text",
     "data.eval_fraction=0.1",
@@ -68,7 +70,6 @@ IDENTITY = [
 
 FREE = [
     "train.deepspeed={wall_clock_breakdown: false}",
-    "eval.kl=topk",
     "data.prepared_dir=elsewhere",
     "data.license=MIT",
     "data.max_bad_fraction=0.5",
@@ -93,7 +94,6 @@ FREE = [
     "train.max_failures=0",
     "train.threads_per_worker=1",
     "train.timeout_s=60",
-    "eval.max_rows=8",
     "eval.batch_size=1",
     "eval.prompts=[hello]",
     "eval.max_new_tokens=4",

@@ -36,7 +36,7 @@ class Config:
 class Format:
     def __init__(self, config: Config) -> None:
         if config.style not in STYLES:
-            raise ConfigError(f"style '{config.style}' of format 'alpaca' is not one of {', '.join(STYLES)}")
+            raise ConfigError(f"data.format.style is '{config.style}': allowed is {' | '.join(STYLES)}")
         self.config = config
 
     def segments(self, record: Mapping[str, Any], tokenizer: Any) -> list[Segment]:

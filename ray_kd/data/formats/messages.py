@@ -35,7 +35,7 @@ class Config:
 class Format:
     def __init__(self, config: Config) -> None:
         if config.train_on not in TRAIN_ON:
-            raise ConfigError(f"train_on '{config.train_on}' of format 'messages' is not one of {', '.join(TRAIN_ON)}")
+            raise ConfigError(f"data.format.train_on is '{config.train_on}': allowed is {' | '.join(TRAIN_ON)}")
         self.config = config
 
     def segments(self, record: Mapping[str, Any], tokenizer: Any) -> list[Segment]:

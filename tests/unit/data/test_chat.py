@@ -166,5 +166,5 @@ def test_without_a_template_messages_say_so_and_alpaca_and_sharegpt_are_plain():
     ("module", "options"), [(messages, {"train_on": "user"}), (alpaca, {"style": "x"}), (sharegpt, {"style": "x"})]
 )
 def test_unknown_options_are_config_errors(module, options):
-    with pytest.raises(ConfigError, match="is not one of"):
+    with pytest.raises(ConfigError, match=r"data\.format\.\w+ is .*: allowed is"):
         module.Format(module.Config(**options))
