@@ -133,6 +133,7 @@ def _check_models(config: RunConfig) -> Models:
             logger.warning("teacher and student are the same model: the distillation loss starts at 0")
     elif config.student.init is not None:
         _check_init(config.student.init.layers, config.student.init.select, teacher.num_hidden_layers)
+    models.require_plain_head(student or teacher)  # a student made of the teacher's layers has its head
     _require(teacher_key.top_k <= teacher.vocab_size, "teacher.top_k", teacher_key.top_k,
              f"at most the teacher's vocabulary of {teacher.vocab_size}")  # fmt: skip
     _check_length(config.data.sequence_length, teacher=teacher, student=student)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ray_kd.errors import ConfigError
 
@@ -62,11 +62,6 @@ class Head:
     def vocab_size(self) -> int:
         return self.weight.shape[0]
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether the head is a bare matmul with an optional bias, which the fused loss needs of a student."""
-        return self.softcap is None and self.scale == 1.0
-
     @classmethod
     def of(cls, model: nn.Module) -> "Head":
         """The head of a loaded model; weight and bias are the model's own tensors, not copies.
@@ -78,16 +73,11 @@ class Head:
         projection = base.get_output_embeddings()
         if projection is None:
             raise ConfigError(f"{type(base).__name__} has no output projection (lm_head)")
-        config = base.config.get_text_config()
-        scale = 1.0
-        for name, power in (("logit_scale", 1), ("lm_head_multiplier", 1), ("logits_scaling", -1)):
-            value = getattr(config, name, None)
-            if value is not None:
-                scale *= float(value) ** power
+        softcap, scale = _transform(base.config)
         return cls(
             weight=projection.weight.detach(),
             bias=None if getattr(projection, "bias", None) is None else projection.bias.detach(),
-            softcap=getattr(config, "final_logit_softcapping", None),
+            softcap=softcap,
             scale=scale,
         )
 
@@ -106,15 +96,25 @@ class Head:
         return Head(self.weight.to(device), bias, self.softcap, self.scale)
 
 
-def require_plain_head(model: nn.Module) -> None:
+def require_plain_head(config: PreTrainedConfig) -> None:
     """Refuse a student whose head is not a bare matmul: the fused loss works on lm_head.weight and bias alone."""
-    head = Head.of(model)
-    if not head.is_plain:
-        name = type(base_causal_lm(model)).__name__
-        what = (
-            f"caps its logits at {head.softcap}" if head.softcap is not None else f"scales its logits by {head.scale}"
+    softcap, scale = _transform(config)
+    if softcap is not None or scale != 1.0:
+        what = f"caps its logits at {softcap}" if softcap is not None else f"scales its logits by {scale}"
+        raise ConfigError(
+            f"student: model_type {config.model_type} {what}; a student needs a plain lm_head (it is fine as a teacher)"
         )
-        raise ConfigError(f"student: {name} {what}; a student needs a plain lm_head (it is fine as a teacher)")
+
+
+def _transform(config: PreTrainedConfig) -> tuple[float | None, float]:
+    """(softcap, scale) of the head, as far as the config says it."""
+    text = config.get_text_config()
+    scale = 1.0
+    for name, power in (("logit_scale", 1), ("lm_head_multiplier", 1), ("logits_scaling", -1)):
+        value = getattr(text, name, None)
+        if value is not None:
+            scale *= float(value) ** power
+    return getattr(text, "final_logit_softcapping", None), scale
 
 
 @torch.no_grad()

@@ -146,7 +146,6 @@ def _build_engine(spec: TrainSpec, rank: int, world: int) -> tuple[Any, "torch.d
     torch.manual_seed(spec.seed + rank)  # dropout differs between ranks
     student = models.load_causal_lm(spec.student_path, revision=spec.student.revision, dtype="float32")
     models.check_architecture(student)
-    models.require_plain_head(student)
     student.train()
     if spec.student.gradient_checkpointing:
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

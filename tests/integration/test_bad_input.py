@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import ray
+import transformers
 import yaml
 from safetensors.numpy import load_file, save_file
 
@@ -20,12 +21,23 @@ import ray_kd.pipeline  # noqa: F401 # imported before stderr is captured: deeps
 from ray_kd import cli, config, models, run_folder
 from ray_kd.data.plan import plan_preparation
 from ray_kd.locks import driver_lock
-from tests.tiny import tiny_llama, tiny_tokenizer
+from tests.tiny import VOCAB_SIZE, tiny_llama, tiny_tokenizer
 
 REPOSITORY = Path(__file__).parents[2]
 LEFT_BY_A_REFUSAL = {"driver.log", ".driver.lock", ".writers.lock"}
 USER, ASSISTANT = {"role": "user", "content": "say it"}, {"role": "assistant", "content": "it is said"}
 GOOD = {"messages": [USER, ASSISTANT]}
+
+
+def random_model(folder, name, **options):
+    """A tiny model of any architecture, with the tiny tokenizer."""
+    config = getattr(transformers, f"{name}Config")(
+        vocab_size=VOCAB_SIZE, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, bos_token_id=1, eos_token_id=2, pad_token_id=2, **options,
+    )  # fmt: skip
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tiny_tokenizer(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +53,7 @@ def workplace(tmp_path_factory):
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens(["first", "second"])
     tokenizer.save_pretrained(folder / "other-words")
+    random_model(folder / "capped", "Gemma2", head_dim=16, final_logit_softcapping=2.0)
     (folder / "train.jsonl").write_text(json.dumps(GOOD) + "\n")
     (folder / "packed.jsonl.gz").write_bytes(b"\x1f\x8b rest")
     (folder / "empty").mkdir()
@@ -128,6 +141,10 @@ REFUSED = {
         ["student.model={w}/pickled"], ["student.model: '{w}/pickled'", "without safetensors", "pytorch_model.bin"],
     ),
     "model folder empty": (["student.model={w}/empty"], ["student.model: '{w}/empty' has no config.json"]),
+    "student caps its logits": (["student.model={w}/capped"], ["model_type gemma2 caps its logits", "plain lm_head"]),
+    "student made of a teacher that does": (
+        ["student.model=null", "student.init.layers=1", "teacher.model={w}/capped"], ["gemma2 caps its logits at 2.0"],
+    ),
     "k larger than the vocabulary": (["teacher.top_k=260"], ["teacher.top_k is 260", "vocabulary of 259"]),
     "vocabularies differ": (
         ["student.model={w}/other-words"], ["259 and 261 tokens", "2 ids differ", "259: None / 'first'"],
@@ -533,6 +550,19 @@ def test_too_many_bad_records_stop_the_run_with_65(jobs, bad_records):
     assert line.endswith(f"all are listed in {listed}")
     assert len(listed.read_text().splitlines()) == 6
     assert done.summary["exit_code"] == 65
+
+
+@pytest.mark.ray
+def test_what_only_a_worker_can_find_out_ends_the_run_at_once(jobs):
+    """A student that lets packed documents see each other: measured on its weights, and not tried again."""
+    folder = random_model(jobs.folder / "mamba", "Mamba")
+    done = jobs.distill("mamba", f"student.model={folder}", "train.max_failures=9")
+    assert done.exit_code == 64
+    assert error_lines(done) == [
+        "error: MambaForCausalLM lets packed documents see each other (it ignores position_ids); it cannot be used"
+    ]
+    assert done.summary["exit_code"] == 64
+    assert done.summary["steps"] == 0
 
 
 @pytest.mark.ray
