@@ -315,7 +315,10 @@ def _merge(base: DictConfig, update: DictConfig, where: str) -> DictConfig:
         merged = OmegaConf.merge(base, update)
     except (ConfigKeyError, ConfigAttributeError) as error:
         key = str(error.full_key)
-        raise ConfigError(f"unknown key '{key}' in {where}{plugins.nearest(key, _known_keys())}") from error
+        known = _known_keys()
+        section = key.rpartition(".")[0]
+        of_section = [name for name in known if section and name.startswith(f"{section}.")]
+        raise ConfigError(f"unknown key '{key}' in {where}{plugins.nearest(key, of_section or known)}") from error
     except OmegaConfBaseException as error:
         key = error.full_key or "value"
         raise ConfigError(f"{key} in {where}: {str(error.msg or error).splitlines()[0]}") from error

@@ -55,6 +55,7 @@ def validate(config: RunConfig) -> Models:
     check_data(config)
     _check_values(config)
     _check_combinations(config)
+    _warn_without_effect(config)
     cluster.check_local_gpus(config)
     return _check_models(config)
 
@@ -107,6 +108,20 @@ def _check_combinations(config: RunConfig) -> None:
     make_objective(loss.divergence, loss.tail, loss.temperature, loss.kd_weight, loss.ce_weight)
     if loss.kd_weight == 0 and loss.ce_weight == 0:
         raise ConfigError("loss.kd_weight and loss.ce_weight are both 0: nothing would be trained")
+
+
+def _warn_without_effect(config: RunConfig) -> None:
+    from ray_kd import models
+
+    idle = {"teacher.cache.path": config.teacher.cache.path is not None and "teacher.cache.mode is disabled"}
+    for name, section in (("teacher", config.teacher), ("student", config.student)):
+        is_folder = section.model is not None and models.is_local(section.model)
+        idle[f"{name}.revision"] = section.revision is not None and is_folder and f"{name}.model is a folder"
+    joins = cluster.address(config) is not None
+    idle["cluster.dashboard"] = config.cluster.dashboard is not None and joins and "the cluster has its own"
+    for key, reason in idle.items():
+        if reason:
+            logger.warning("%s has no effect: %s", key, reason)
 
 
 def _check_models(config: RunConfig) -> Models:

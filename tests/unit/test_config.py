@@ -45,6 +45,7 @@ def test_an_option_can_be_set_on_a_bare_kind(minimal):
     ("override", "message"),
     [
         ("train.max_step=4", "unknown key 'train.max_step'.*did you mean 'train.max_steps'"),
+        ("train.seeds=1", "unknown key 'train.seeds' in override 'train.seeds=1'; did you mean 'train.*'"),
         ("trian.epochs=1", "unknown key 'trian'.*did you mean 'train'"),
         ("student.init.layer=3", "unknown key 'student.init.layer'.*'student.init.layers'"),
         ("train.max_steps=abc", "train.max_steps.*'abc'.*Integer"),

@@ -52,6 +52,26 @@ def test_a_student_of_the_teachers_layers_passes(load, warnings, layers):
     assert warnings() == []
 
 
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("teacher.cache.path=/somewhere", "teacher.cache.mode is disabled"),
+        ("teacher.revision=main", "teacher.model is a folder"),
+        ("student.revision=main", "student.model is a folder"),
+    ],
+)
+def test_a_setting_without_effect_is_one_warning(load, warnings, override, reason):
+    validate(load(override))
+    assert warnings() == [f"{override.split('=')[0]} has no effect: {reason}"]
+
+
+def test_the_dashboard_of_a_cluster_that_is_joined_is_its_own(load, warnings):
+    validate(load("cluster.dashboard=true"))
+    assert warnings() == []
+    validate(load("cluster.dashboard=true", "cluster.address=10.0.0.1:6379"))
+    assert warnings() == ["cluster.dashboard has no effect: the cluster has its own"]
+
+
 def test_the_whole_vocabulary_is_a_top_k(load):
     validate(load("teacher.top_k=259"))
 
