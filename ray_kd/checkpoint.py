@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from ray_kd import storage
-from ray_kd.errors import ConfigError, RetryableError
+from ray_kd.errors import RetryableError
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
@@ -38,7 +38,7 @@ Hashes = dict[str, dict[str, Any]]
 logger = logging.getLogger(__name__)
 
 
-class CorruptCheckpoint(ConfigError):
+class CorruptCheckpoint(RetryableError):
     """A checkpoint is not what its manifest says; the message names the file and what is wrong with it."""
 
 
@@ -71,8 +71,10 @@ def put_files(tmp: Path, root: Path, step: int, files: Iterable[str]) -> Hashes:
     names = list(files)
     hashes = hash_files(tmp, names)
     if storage.is_remote(root):
-        storage.upload(tmp, root / _folder_name(step), names)
-        shutil.rmtree(tmp)
+        try:
+            storage.upload(tmp, root / _folder_name(step), names)
+        finally:
+            shutil.rmtree(tmp)
     return hashes
 
 
@@ -128,20 +130,28 @@ def _commit_remote(folder: Path, step: int, state: str, records: Hashes) -> Path
     return folder
 
 
-def local_copy(folder: Path) -> Path:
+def local_copy(folder: Path, *, of_writer: bool = False) -> Path:
     """A verified checkpoint as a folder that can be opened: itself on a disk, else a verified copy on this node.
 
-    One in a store whose bytes are not what its manifest says is given up: the next start takes the one before it.
-    Raises RetryableError then.
+    of_writer: the caller is the run itself, which gives up a checkpoint whose bytes in the store are not what its
+    manifest says, so that its next start takes the one before it. Raises CorruptCheckpoint for such a one, and for a
+    copy that is bad where the original is good.
     """
     if not storage.is_remote(folder):
         return folder
     manifest = storage.read_text(folder / MANIFEST)
+    group = f"{folder.parent} {'in training' if of_writer else 'read'}"
     try:
-        return storage.fetch(folder, group=str(folder.parent), version=manifest, check=verify)
+        return storage.fetch(folder, group=group, version=manifest, check=verify)
     except CorruptCheckpoint as error:
-        (folder / MANIFEST).unlink(missing_ok=True)
-        raise RetryableError(f"{error}: that checkpoint is given up for the one before it") from error
+        copy = error
+    try:
+        verify(folder)
+    except CorruptCheckpoint as error:
+        if of_writer:
+            (folder / MANIFEST).unlink(missing_ok=True)
+        raise CorruptCheckpoint(f"{error}; it is given up for the one before it" if of_writer else str(error)) from None
+    raise CorruptCheckpoint(f"{copy}, in the copy on {os.uname().nodename}; the original is good: look at that disk")
 
 
 def verify(folder: Path, full: bool = True) -> None:
@@ -191,7 +201,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     """
     record = _read_manifest(folder).get(STATE)
     path = folder / STATE
-    if record is None or not path.is_file():
+    if record is None or not path.exists():
         raise CorruptCheckpoint(f"{path}: missing")
     if _record(path) != record:
         raise CorruptCheckpoint(f"{path}: sha256 differs from {MANIFEST}")
@@ -208,11 +218,9 @@ def sweep(root: Path) -> list[str]:
 
     Call at start, by the one process that owns the run, before any rank writes. Other names are left alone.
     """
-    if not root.is_dir():
-        return []
     orphans = [
         path
-        for path in sorted(root.iterdir())
+        for path in storage.children(root)
         if path.name.startswith(_TMP) or (_STEP_FOLDER.fullmatch(path.name) and not (path / MANIFEST).exists())
     ]
     for path in orphans:
@@ -244,9 +252,7 @@ def _folder_name(step: int) -> str:
 
 def _committed(root: Path) -> list[tuple[int, Path]]:
     """(step, folder) of everything with a manifest, oldest first."""
-    if not root.is_dir():
-        return []
-    matches = ((_STEP_FOLDER.fullmatch(path.name), path) for path in root.iterdir())
+    matches = ((_STEP_FOLDER.fullmatch(path.name), path) for path in storage.children(root))
     return sorted((int(match[1]), path) for match, path in matches if match and (path / MANIFEST).exists())
 
 
@@ -266,12 +272,14 @@ def _read_manifest(folder: Path) -> Hashes:
     """The manifest's records, after checking that it can be read, is this version, and belongs to this folder."""
     path = folder / MANIFEST
     try:
-        document = json.loads(path.read_bytes())
+        document = json.loads(storage.read_text(path))
         version, step = document["schema_version"], document["step"]
         records = {
             str(name): {"sha256": str(r["sha256"]), "size": int(r["size"])} for name, r in document["files"].items()
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if storage.is_remote(folder) and isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+            raise  # the store failed, which says nothing about the checkpoint
         raise CorruptCheckpoint(f"{path}: cannot be read ({type(error).__name__}: {error})") from error
     if version != SCHEMA_VERSION:
         raise CorruptCheckpoint(f"{path}: schema_version {version}, this code reads {SCHEMA_VERSION}")

@@ -31,7 +31,8 @@ class _Parser(argparse.ArgumentParser):
 def main(job: str, argv: Sequence[str] | None = None) -> int:
     """Run a job by name and return its exit code. Raises only argparse's SystemExit, for --help and wrong options."""
     try:
-        return JOBS[job](sys.argv[1:] if argv is None else list(argv))
+        with storage.store_errors():
+            return JOBS[job](sys.argv[1:] if argv is None else list(argv))
     except RayKDError as error:
         logger.debug("", exc_info=True)
         return _fail(str(error), error.exit_code)
@@ -161,7 +162,7 @@ def _config_of_run(run_dir: Path) -> configuration.RunConfig:
     from ray_kd import run_folder
 
     path = run_dir / run_folder.CONFIG
-    if not path.is_file():
+    if not path.exists():
         raise ConfigError(f"'{run_dir}' is not a run folder: it has no {run_folder.CONFIG}")
     return configuration.load(path, [f"run.dir={run_dir}"])
 

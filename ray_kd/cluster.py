@@ -168,7 +168,7 @@ def check_shared(folder: Path, timeout_s: float) -> None:
     token = secrets.token_hex(8)
     probe = folder / f".probe-{token}"
     probe.write_text(token)
-    read = ray.remote(num_cpus=0)(_reads)
+    read = ray.remote(num_cpus=0)(_problem)
     try:
         pending = {
             read.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
@@ -181,12 +181,14 @@ def check_shared(folder: Path, timeout_s: float) -> None:
         raise RetryableError(f"a node did not answer within {timeout_s:g} s whether it sees '{folder}'") from None
     finally:
         probe.unlink()
-    blind = [name for name, is_seen in seen.items() if not is_seen]
+    blind = [f"{name} ({why})" for name, why in seen.items() if why]
     if blind:
-        raise ConfigError(f"run.dir '{folder}' is not on storage that all nodes share: not seen on {', '.join(blind)}")
+        raise ConfigError(f"run.dir '{folder}' is not on storage that all nodes share: not read on {', '.join(blind)}")
 
 
-def _reads(path: str, token: str) -> bool:
-    """Whether this node finds the token in the file."""
-    probe = storage.path(path)
-    return probe.exists() and storage.read_text(probe) == token
+def _problem(path: str, token: str) -> str:
+    """Why this node does not read the token in the file; empty when it does."""
+    try:
+        return "" if storage.read_text(storage.path(path)) == token else "another file is there"
+    except Exception as error:  # no such file, no client, no credentials: the driver says which, and where
+        return " ".join(f"{type(error).__name__}: {error}".split())[:200]

@@ -299,7 +299,7 @@ def _describe(tree: ast.Module, class_name: str, prefix: str) -> Iterator[tuple[
 
 
 def _read_yaml(path: Path) -> DictConfig:
-    if not path.is_file():
+    if not (path.exists() if storage.is_remote(path) else path.is_file()):
         raise ConfigError(f"config file '{path}' {'is a folder' if path.is_dir() else 'does not exist'}")
     try:
         content = OmegaConf.load(io.StringIO(storage.read_text(path)))

@@ -37,10 +37,14 @@ def fit(run: Callable[[], Any], *, on_poll: Sequence[Callable[[], object]], requ
             outcome.append(error)
 
     thread = threading.Thread(target=target, name="fit", daemon=True)
-    with _first_signal(request_stop):
+    is_asked = False
+    with _first_signal() as is_signalled:
         thread.start()
         while thread.is_alive():
             thread.join(_POLL_S)
+            if is_signalled.is_set() and not is_asked:
+                request_stop()
+                is_asked = True
             for call in on_poll:
                 call()
     if outcome[0] is not None:
@@ -59,19 +63,18 @@ def interruptible() -> Iterator[None]:
 
 
 @contextmanager
-def _first_signal(request_stop: Callable[[], None]) -> Iterator[None]:
-    seen: list[int] = []
+def _first_signal() -> Iterator[threading.Event]:
+    is_signalled = threading.Event()
 
     def handler(signum: int, _: "FrameType | None") -> None:
-        seen.append(signum)
         name = signal.Signals(signum).name
-        if len(seen) > 1:
+        if is_signalled.is_set():
             raise RetryableError(f"stopped by a second {name}; the same command goes on from the last checkpoint")
         logger.info("%s: saving a checkpoint after this step, then leaving (again: leave at once)", name)
-        request_stop()
+        is_signalled.set()
 
     with _handlers(handler):
-        yield
+        yield is_signalled
 
 
 @contextmanager
@@ -88,13 +91,16 @@ def _handlers(handler: "Callable[[int, FrameType | None], None]") -> Iterator[No
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """What an error came from, the innermost first. A RayTaskError has the exception of the remote side in `cause`."""
+    """An error, then what it came from. A RayTaskError, whose text is a traceback, only stands for its `cause`."""
     from ray.exceptions import RayTaskError
 
-    cause = error.cause if isinstance(error, RayTaskError) else error.__cause__
+    if isinstance(error, RayTaskError):
+        cause = error.cause
+    else:
+        yield error
+        cause = error.__cause__
     if isinstance(cause, BaseException):
         yield from _chain(cause)
-    yield error
 
 
 def _mapped(error: BaseException) -> BaseException:

@@ -6,14 +6,14 @@ driver waits for them before it touches anything.
 On a disk that is flock: released by the kernel when a process dies, on local disks and on NFS 4. An object store has
 no locks, so there each holder keeps a small file changing (a lease); whoever finds one that has not changed for
 LEASE_S takes its holder for dead. No clocks are compared. Two drivers that start within the same moment both write
-the lease, and the one whose name is found there a little later has it.
+the lease, and the one whose name is found there a little later has it. A holder that stood still for longer than
+LEASE_S may find another in its place: both locks give a `Held`, to be asked before anything is written.
 """
 
 import fcntl
 import json
 import logging
 import os
-import signal
 import threading
 import time
 import uuid
@@ -27,25 +27,40 @@ from ray_kd.errors import ConfigError, RetryableError
 logger = logging.getLogger(__name__)
 
 BEAT_S = 5.0
-LEASE_S = 20.0
+LEASE_S = 45.0
 
 _DRIVER, _WRITERS = ".driver.lock", ".writers.lock"
 _SETTLE_S = 1.0
 
 
+class Lost(RetryableError):
+    """Another run has taken the run folder over: this one must not write there any more."""
+
+
+class Held:
+    """A lock that is held, as far as is known."""
+
+    def __init__(self) -> None:
+        self.lost_to: str | None = None
+
+    def check(self) -> None:
+        """Raise Lost when another holder was found in the place of this one."""
+        if self.lost_to is not None:
+            raise Lost(f"this run stood still for too long, and {self.lost_to} has its run.dir now")
+
+
 @contextmanager
-def driver_lock(run_dir: Path, timeout_s: float = 60.0) -> Iterator[None]:
+def driver_lock(run_dir: Path, timeout_s: float = 120.0) -> Iterator[Held]:
     """Hold the run folder for one driver.
 
     Raises ConfigError when another driver holds it, RetryableError when workers of a dead one outlive timeout_s.
     """
     if storage.is_remote(run_dir):
         _wait_for_leases(run_dir, timeout_s)
-        with _lease(run_dir / _DRIVER) as (lease, me):
-            time.sleep(_SETTLE_S)
-            if (holder := _holder(lease)) != me:
-                raise _held(run_dir, holder)
-            yield
+        with _lease(run_dir / _DRIVER, settle_s=_SETTLE_S) as held:
+            if held.lost_to is not None:
+                raise _held(run_dir, held.lost_to)
+            yield held
         return
     with (run_dir / _DRIVER).open("a+") as lock:
         try:
@@ -57,19 +72,19 @@ def driver_lock(run_dir: Path, timeout_s: float = 60.0) -> Iterator[None]:
         lock.write(_who())
         lock.flush()
         _wait_for_writers(run_dir, timeout_s)
-        yield
+        yield Held()
 
 
 @contextmanager
-def writer_lock(run_dir: Path) -> Iterator[None]:
+def writer_lock(run_dir: Path) -> Iterator[Held]:
     """Held by every train worker while it may write to the run folder."""
     if storage.is_remote(run_dir):
-        with _lease(run_dir / _WRITERS / uuid.uuid4().hex):
-            yield
+        with _lease(run_dir / _WRITERS / uuid.uuid4().hex) as held:
+            yield held
         return
     with (run_dir / _WRITERS).open("a+") as lock:
         fcntl.flock(lock, fcntl.LOCK_SH)
-        yield
+        yield Held()
 
 
 def _wait_for_writers(run_dir: Path, timeout_s: float) -> None:
@@ -115,33 +130,34 @@ def _leases(run_dir: Path) -> dict[str, str]:
 
 
 @contextmanager
-def _lease(lease: Path) -> Iterator[tuple[Path, str]]:
-    """Keep a file changing while the block runs, and remove it then. Yields it and the name of this holder in it."""
+def _lease(lease: Path, settle_s: float = 0.0) -> Iterator[Held]:
+    """Keep a file changing while the block runs, and remove it then. settle_s: how long another may still write it."""
     me = f"{_who()} ({uuid.uuid4().hex[:8]})"
-    ended = threading.Event()
+    held, ended = Held(), threading.Event()
 
-    def beat(count: int) -> None:
-        lease.write_text(json.dumps({"holder": me, "beat": count}), encoding="utf-8")
+    def look() -> None:
+        if (holder := _holder(lease)) != me:
+            held.lost_to = holder or "nobody"
 
     def keep() -> None:
         count = 0
-        while not ended.wait(BEAT_S):
-            count += 1
+        while not ended.wait(BEAT_S) and held.lost_to is None:
             try:
-                if (holder := _holder(lease)) != me:
-                    # This process stood still for longer than a lease lasts, and another has taken over.
-                    logger.error("'%s' is held by %s now: this run stops", lease, holder or "nobody")
-                    os.kill(os.getpid(), signal.SIGTERM)
-                    return
-                beat(count)
+                look()
+                if held.lost_to is None:
+                    count += 1
+                    lease.write_text(json.dumps({"holder": me, "beat": count}), encoding="utf-8")
             except Exception as error:  # whatever the store's client raises: the next beat may come through
                 logger.warning("'%s' could not be renewed: %s", lease, error)
 
-    beat(0)
+    lease.write_text(json.dumps({"holder": me, "beat": 0}), encoding="utf-8")
+    if settle_s:
+        time.sleep(settle_s)
+        look()
     thread = threading.Thread(target=keep, name="lease", daemon=True)
     thread.start()
     try:
-        yield lease, me
+        yield held
     finally:
         ended.set()
         thread.join()

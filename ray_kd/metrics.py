@@ -27,7 +27,8 @@ class MetricLogger:
     def log(self, metrics: Mapping[str, Any]) -> None:
         """Append one line and flush it."""
         self._file.write(_dump(metrics))
-        if time.monotonic() - self._published_at > _PUBLISH_EVERY_S:
+        # The file is put whole: the larger it is, the more seldom.
+        if time.monotonic() - self._published_at > _PUBLISH_EVERY_S * (1 + self._file.nbytes / 2**20):
             self._published_at = time.monotonic()
             self._file.publish(wait=False)
 

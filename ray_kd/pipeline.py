@@ -23,7 +23,7 @@ from ray_kd.data.order import SlotOrder
 from ray_kd.data.prepared import PreparedData
 from ray_kd.errors import EXIT_BUG, EXIT_DONE, RayKDError, RetryableError
 from ray_kd.heldout import make_evaluate
-from ray_kd.locks import driver_lock
+from ray_kd.locks import Held, Lost, driver_lock
 from ray_kd.payloads.topk_logprobs import nbytes_per_token
 from ray_kd.progress import Progress
 from ray_kd.teacher.engine import Request
@@ -58,7 +58,7 @@ def distill(config: RunConfig) -> dict[str, Any]:
             run_folder.check_content(run_dir, _content(config, _plan(config)))
         logger.info("run %s is finished already; nothing to do", run_dir)
         return finished
-    with driver_lock(run_dir), launch.interruptible():
+    with driver_lock(run_dir) as held, launch.interruptible():
         vocab_size = validate(config).teacher.vocab_size
         plan = _plan(config)
         content = _content(config, plan)
@@ -74,12 +74,24 @@ def distill(config: RunConfig) -> dict[str, Any]:
                 planned = summary.Planned.of(prepared.manifest, order)
                 _warn(config, order)
                 student_path = _student(config, run_dir, prepared)
-                _fit(config, run_dir, prepared, order, student_path, vocab_size)
+                _fit(config, run_dir, held, prepared, order, student_path, vocab_size)
+                held.check()
                 results.finish(config, run_dir)
         except BaseException as error:
-            summary.write(run_dir, planned, error.exit_code if isinstance(error, RayKDError) else EXIT_BUG)
+            if not isinstance(error, Lost):
+                _write_failure(run_dir, planned, error)
             raise
         return summary.write(run_dir, planned, EXIT_DONE)
+
+
+def _write_failure(run_dir: Path, planned: summary.Planned | None, error: BaseException) -> None:
+    exit_code = error.exit_code if isinstance(error, RayKDError) else EXIT_BUG
+    if storage.is_store_error(error):
+        exit_code = RetryableError.exit_code
+    try:
+        summary.write(run_dir, planned, exit_code)
+    except Exception as second:  # the first error is the one to report
+        logger.error("summary.json could not be written: %s", second)
 
 
 def prepare(config: RunConfig, quarantine_path: Path | None = None, plan: "Plan | None" = None) -> PreparedData:
@@ -235,9 +247,10 @@ def _stream(spec: _StreamSpec) -> "ray.data.Dataset":
     from ray_kd.data.stream import PausedSteps, ordered_rows
 
     run_dir = storage.path(spec.run_dir)
-    newest = checkpoint.newest_verified(run_dir / CHECKPOINTS)
-    start_slot = int(checkpoint.read_state(newest)["next_slot"]) if newest else 0
-    _note_attempt(run_dir, start_slot)
+    with storage.store_errors():
+        newest = checkpoint.newest_verified(run_dir / CHECKPOINTS)
+        start_slot = int(checkpoint.read_state(newest)["next_slot"]) if newest else 0
+        _note_attempt(run_dir, start_slot)
 
     # The controller has a DataContext of its own: what the driver set does not reach it.
     context = ray.data.DataContext.get_current()
@@ -265,8 +278,9 @@ def _note_attempt(run_dir: Path, start_slot: int) -> None:
 
 
 def _fit(
-    config: RunConfig, run_dir: Path, prepared: PreparedData, order: SlotOrder, student_path: str, vocab_size: int
-) -> None:
+    config: RunConfig, run_dir: Path, held: Held, prepared: PreparedData, order: SlotOrder, student_path: str,
+    vocab_size: int,
+) -> None:  # fmt: skip
     """Train to the last step. Raises RetryableError when the run was stopped before it."""
     steps = _trained_steps(run_dir)
     if steps == order.num_steps:
@@ -345,7 +359,7 @@ def _fit(
     try:
         launch.fit(
             trainer.fit,
-            on_poll=[progress.update, refusal.Reported(run_dir).check],
+            on_poll=[held.check, progress.update, refusal.Reported(run_dir).check],
             request_stop=(run_dir / STOP_FLAG).touch,
         )
     finally:

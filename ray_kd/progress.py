@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ray_kd import storage
-from ray_kd.metrics import read_metrics
 
 _LOG_EVERY_S = 30.0
+_TAIL_BYTES = 2**16
 
 
 class Progress:
@@ -59,10 +59,7 @@ class Progress:
         if not self._flag.is_set(at_once):
             return
         if storage.is_remote(self._path):  # put whole each time, after a restart with fewer lines than before
-            for metrics in read_metrics(self._path):
-                if metrics["step"] > self._last_step:
-                    self._last_step = metrics["step"]
-                    yield metrics
+            yield from self._new_lines_of_store()
             return
         with self._path.open("rb") as file:
             identity = os.fstat(file.fileno()).st_ino
@@ -74,6 +71,18 @@ class Progress:
                     return
                 self._offset += len(line)
                 yield json.loads(line)
+
+    def _new_lines_of_store(self) -> Iterator[dict[str, Any]]:
+        try:
+            lines = storage.read_last_lines(self._path, _TAIL_BYTES)
+        except Exception as error:
+            if not storage.is_store_error(error):
+                raise
+            return  # nobody's run should end because a progress line could not be shown
+        for metrics in map(json.loads, lines):
+            if metrics["step"] > self._last_step:
+                self._last_step = metrics["step"]
+                yield metrics
 
     def _text(self, now: float) -> str:
         step = self._newest["step"]

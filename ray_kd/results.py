@@ -26,7 +26,7 @@ def finish(config: RunConfig, run_dir: Path) -> None:
         export(config, final)
     path = run_dir / run_folder.SAMPLES
     if config.eval.prompts and not path.exists():
-        run_folder.write_json(path, {"samples": sample(config, _local(final))})
+        run_folder.write_json(path, {"samples": sample(config, str(final))})
 
 
 def export(config: RunConfig, out_dir: Path, *, step: int | None = None, dtype: str | None = None) -> int:
@@ -42,12 +42,13 @@ def export(config: RunConfig, out_dir: Path, *, step: int | None = None, dtype: 
     from ray_kd.export import write_final
     from ray_kd.trainer.fragments import read_parameters
 
-    if out_dir.exists():
+    # In a store a folder counts once its last file is there.
+    if (out_dir / "config.json" if storage.is_remote(out_dir) else out_dir).exists():
         raise ConfigError(f"'{out_dir}' exists already: name a new folder")
     try:
-        out_dir.parent.mkdir(parents=True, exist_ok=True)
+        storage.make_folder(out_dir.parent)
     except OSError as error:
-        raise ConfigError(f"'{out_dir}' cannot be written: {error.strerror}") from error
+        raise ConfigError(f"'{out_dir}' cannot be written: {error.strerror or error}") from error
     run_dir = run_folder.run_dir(config)
     folder = checkpoint.local_copy(_checkpoint(run_dir, step))
     document = checkpoint.read_state(folder)
@@ -86,7 +87,7 @@ def evaluate(config: RunConfig, *, model: str | None = None, max_rows: int | Non
     threads, on_gpu = cluster.physical_cores(), torch.cuda.is_available()
     torch.set_num_threads(threads)
     spec = held_out(config, prepared.folder, threads, on_gpu=on_gpu, max_rows=max_rows)
-    return evaluate_model(spec, model or _local(_final(run_dir)), torch.device("cuda" if on_gpu else "cpu"))
+    return evaluate_model(spec, model or str(_final(run_dir)), torch.device("cuda" if on_gpu else "cpu"))
 
 
 def sample(config: RunConfig, final: str) -> list[dict[str, str]]:
@@ -144,17 +145,11 @@ def _checkpoint(run_dir: Path, step: int | None) -> Path:
     steps = {checkpoint.read_state(folder)["step"]: folder for folder in checkpoint.folders(root)}
     if step not in steps:
         raise ConfigError(f"run '{run_dir}' has no checkpoint of step {step}: it has {sorted(steps) or 'none'}")
-    checkpoint.verify(steps[step])
+    try:
+        checkpoint.verify(steps[step], full=not storage.is_remote(root))  # else as it is copied
+    except checkpoint.CorruptCheckpoint as error:
+        raise ConfigError(f"the checkpoint of step {step} is damaged ({error}): choose another") from error
     return steps[step]
-
-
-def _local(final: Path) -> str:
-    """final/ as a folder that transformers can open."""
-    version = ""
-    if storage.is_remote(final):  # another run may have been here before
-        fs, name = storage.filesystem(final / "config.json")
-        version = fs.ukey(name)
-    return str(storage.fetch(final, version=version))
 
 
 def _final(run_dir: Path) -> Path:

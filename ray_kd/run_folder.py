@@ -43,23 +43,21 @@ _CONTENT_KEYS = {"data.source", "data.eval_source", "teacher.model", "student.mo
 
 
 def run_dir(config: RunConfig) -> Path:
-    """The run folder: an absolute path, or one in an object store. Raises ConfigError for a URI nothing can open."""
-    return storage.path(config.run.dir)
+    """The run folder: an absolute path, or one in an object store. Raises ConfigError for any other URI."""
+    return storage.path(config.run.dir, "run.dir")
 
 
 def create(folder: Path) -> None:
     """Make the folder and prove it can be written. Raises ConfigError when it cannot."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        storage.make_folder(folder)
         probe = folder / f".probe-{os.getpid()}"
         probe.write_text("")
         probe.unlink()
-    except Exception as error:
-        if not (isinstance(error, OSError) or storage.is_remote(folder)):  # a store's client raises what it likes
-            raise
-        raise ConfigError(
-            f"run.dir '{folder}' cannot be written: {getattr(error, 'strerror', None) or error}"
-        ) from error
+    except OSError as error:
+        if storage.is_remote(folder) and not isinstance(error, PermissionError | FileNotFoundError):
+            raise  # neither the bucket's name nor its rights: the store failed
+        raise ConfigError(f"run.dir '{folder}' cannot be written: {error.strerror or error}") from error
 
 
 def identity(config: RunConfig) -> dict[str, Any]:

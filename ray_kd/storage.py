@@ -1,41 +1,52 @@
 """A folder on a disk that all nodes share, or in an object store: one way to name it and to write into it.
 
-A path is a `pathlib.Path`; a URI (s3://, gs://, abfs://, whatever fsspec knows) is a `UPath`, which has the methods of
-one. What a store does not have is here: rename (so nothing is renamed: a put is whole or not at all, and of a folder
-the file that makes it count is put last), append (files that grow are kept locally and put whole), and folders that a
-library can map or open (`fetch` makes a copy on this node).
+A path is a `pathlib.Path`; a URI (s3://, gs://, abfs://) is a `UPath` over fsspec, which has the methods of one. What
+a store does not have is here: rename (so nothing is renamed: a put is whole or not at all, and of a folder the file
+that makes it count is put last), append (files that grow are kept locally and put whole), and folders that a library
+can map or open (`fetch` makes a copy on this node).
 
-Copies are kept under TMPDIR, in a folder of this user. Credentials and endpoints come from the environment of each
-process, as the store's own client reads them (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, ...).
+Copies are kept under TMPDIR, in a folder of this user, for days. Credentials and endpoints come from the environment
+of each process, as the store's own client reads them (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, ...). Clients raise
+whatever they like; `store_errors` makes one RetryableError of it.
 """
 
 import fcntl
 import hashlib
+import logging
 import os
+import re
 import shutil
+import stat
 import tempfile
 import time
+import traceback
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, cast
 
-from fsspec.implementations.memory import MemoryFileSystem
 from upath import UPath
 
-from ray_kd.errors import ConfigError, RetryableError
+from ray_kd.errors import ConfigError, RayKDError, RetryableError
 
+SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss", "az")
+"""Stores whose puts are whole and seen by all at once. Their clients: s3fs, gcsfs, adlfs."""
+
+_CLIENTS = ("fsspec", "s3fs", "gcsfs", "adlfs", "upath", "botocore", "aiobotocore", "aiohttp")
 _TRANSFERS = 8  # files on the way at once
 _POLL_S = 5.0
 _KEEP_S = 3 * 24 * 3600
 
+logger = logging.getLogger(__name__)
 
-def path(location: str | Path) -> Path:
+
+def path(location: str | Path, key: str = "path") -> Path:
     """The absolute path of a location, or a UPath that behaves like one for a URI; `file://` is a path.
 
-    Raises ConfigError for a URI that nothing installed can open.
+    key: what the location is, for messages. Raises ConfigError for a URI that is of no store, names no folder in it,
+    holds a password, or needs a package that is not installed.
     """
     if isinstance(location, UPath):
         return cast(Path, location)
@@ -43,17 +54,19 @@ def path(location: str | Path) -> Path:
     if "://" not in text:
         return Path(text).expanduser().absolute()
     scheme = text.split("://")[0]
+    if re.match(r"\w+://[^/@]*:[^/]*@", text):
+        raise ConfigError(f"{key} is a {scheme}:// URI with a password: credentials come from the environment")
+    if scheme not in SCHEMES:
+        allowed = ", ".join(f"{known}://" for known in SCHEMES)
+        raise ConfigError(f"{key} is '{text}': allowed is a path, or a URI of {allowed}")
     try:
         # Another process may write what this one asks for: a remembered listing would be wrong.
         found = UPath(text, use_listings_cache=False)
-        fs = found.fs  # opens the client
-    except ValueError as error:
-        raise ConfigError(f"'{text}': no file system is known for {scheme}:// ({error})") from error
+        _ = found.fs  # opens the client
     except ImportError as error:
-        raise ConfigError(f"'{text}': {scheme}:// needs another package ({error})") from error
-    if isinstance(fs, MemoryFileSystem) or not found.name:
-        kind = "in one process only" if found.name else "a whole store"
-        raise ConfigError(f"'{text}' is {kind}: allowed is a path, or the URI of a folder that all nodes see")
+        raise ConfigError(f"{key} is '{text}': {scheme}:// needs another package ({error})") from error
+    if not found.name:
+        raise ConfigError(f"{key} is '{text}', a whole store: allowed is the URI of a folder in it")
     return cast(Path, found)
 
 
@@ -62,10 +75,30 @@ def is_remote(location: Path) -> bool:
     return isinstance(location, UPath)
 
 
+@contextmanager
+def store_errors() -> Iterator[None]:
+    """What a store's client raises inside, and nobody has caught, becomes a RetryableError of one line."""
+    try:
+        yield
+    except RayKDError:
+        raise
+    except Exception as error:
+        if not is_store_error(error):
+            raise
+        line = " ".join(str(error).split()) or type(error).__name__
+        raise RetryableError(f"the object store failed ({type(error).__name__}: {line[:200]})") from error
+
+
+def is_store_error(error: BaseException) -> bool:
+    """Whether an exception came through a store's client: clients share no class, but they are in the traceback."""
+    frames = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return any(name.split(".")[0] in _CLIENTS for name in [*frames, type(error).__module__])
+
+
 def filesystem(location: Path) -> tuple[Any, str]:
     """The fsspec file system of a remote path, and the path's name in it."""
     assert isinstance(location, UPath)
-    return location.fs, location.path
+    return location.fs, location.path.rstrip("/")
 
 
 def for_arrow(location: Path) -> tuple[str, Any]:
@@ -75,7 +108,13 @@ def for_arrow(location: Path) -> tuple[str, Any]:
     from pyarrow.fs import FSSpecHandler, PyFileSystem
 
     fs, name = filesystem(location)
-    return name.rstrip("/"), PyFileSystem(FSSpecHandler(fs))
+    return name, PyFileSystem(FSSpecHandler(fs))
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it; a store has none, and asked for one its client would make a bucket."""
+    if not is_remote(folder):
+        folder.mkdir(parents=True, exist_ok=True)
 
 
 def write_text(target: Path, text: str) -> None:
@@ -109,6 +148,24 @@ def read_lines(source: Path) -> Iterator[str]:
             yield from file
 
 
+def read_last_lines(source: Path, nbytes: int) -> list[str]:
+    """The whole lines in the last nbytes of a remote file; none when there is no file."""
+    fs, name = filesystem(source)
+    try:
+        tail = bytes(fs.cat_file(name, start=-nbytes))
+    except FileNotFoundError:
+        return []
+    lines = tail.decode(errors="replace").splitlines(keepends=True)
+    return [line for line in lines[len(tail) == nbytes :] if line.endswith("\n")]
+
+
+def read_ranges(ranges: Sequence[tuple[Path, int, int]]) -> list[bytes]:
+    """Bytes [start, stop) of each remote file named, many at once."""
+    fs, _ = filesystem(ranges[0][0])
+    names, starts, stops = zip(*((filesystem(file)[1], start, stop) for file, start, stop in ranges), strict=True)
+    return [bytes(part) for part in fs.cat_ranges(list(names), list(starts), list(stops), on_error="raise")]
+
+
 def append_text(target: Path, text: str) -> None:
     """Add to a small file that is written seldom and by one process at a time."""
     if is_remote(target):
@@ -121,22 +178,40 @@ def append_text(target: Path, text: str) -> None:
 def sizes(folder: Path) -> dict[str, int]:
     """Path inside a remote folder (POSIX) -> bytes, of all files below it."""
     fs, root = filesystem(folder)
-    prefix = root.rstrip("/") + "/"
     try:
         found: dict[str, dict[str, Any]] = fs.find(root, detail=True)
     except FileNotFoundError:
         return {}
+    prefix = f"{root}/"
     return {name.removeprefix(prefix): int(info["size"]) for name, info in found.items() if name.startswith(prefix)}
+
+
+def children(folder: Path) -> list[Path]:
+    """Files and folders in a folder, sorted by name; none where there is no folder. A store that fails raises."""
+    if not is_remote(folder):
+        return sorted(folder.iterdir()) if folder.is_dir() else []
+    fs, root = filesystem(folder)
+    try:
+        found = fs.ls(root, detail=False)
+    except FileNotFoundError:
+        return []
+    names = {str(name).rstrip("/").rsplit("/", 1)[1] for name in found if str(name).rstrip("/") != root}
+    return [folder / name for name in sorted(names)]
 
 
 def remove(folder: Path, first: str | None = None) -> None:
     """Delete a folder, if it is there. first: the file that makes a remote one count, deleted before the others."""
     if not is_remote(folder):
-        shutil.rmtree(folder, ignore_errors=not folder.exists())
+        if folder.exists():
+            shutil.rmtree(folder)
         return
-    names = sorted(sizes(folder), key=lambda name: name != first)
-    for name in names:
-        (folder / name).unlink(missing_ok=True)
+    fs, root = filesystem(folder)
+    names = list(sizes(folder))
+    if first in names:
+        fs.rm_file(f"{root}/{first}")
+        names.remove(first)
+    if names:
+        fs.rm([f"{root}/{name}" for name in names])
 
 
 @contextmanager
@@ -145,57 +220,73 @@ def drafted_file(target: Path) -> Iterator[Path]:
     if not is_remote(target):
         yield target
         return
-    with tempfile.TemporaryDirectory() as folder:
-        yield Path(folder, target.name)
-        upload(Path(folder), target.parent, [target.name])
+    with _draft_home() as home:
+        yield home / target.name
+        upload(home, target.parent, [target.name])
 
 
 @contextmanager
 def drafted_folder(target: Path, last: str) -> Iterator[Path]:
-    """The same for a folder that the block makes; `last`, whose presence makes it count, is put after all else."""
+    """The same for a folder that the block makes; `last`, whose presence makes it count, is put after all else.
+
+    What an upload that was killed left there is removed first.
+    """
     if not is_remote(target):
         yield target
         return
-    with tempfile.TemporaryDirectory() as folder:
-        draft = Path(folder, target.name)
+    with _draft_home() as home:
+        draft = home / target.name
         yield draft
         names = [found.relative_to(draft).as_posix() for found in draft.rglob("*") if found.is_file()]
+        remove(target, first=last)
         upload(draft, target, [name for name in names if name != last])
         upload(draft, target, [last])
+
+
+@contextmanager
+def _draft_home() -> Iterator[Path]:
+    home = scratch(f"draft {uuid.uuid4().hex}")
+    try:
+        yield home
+    finally:
+        shutil.rmtree(home, ignore_errors=True)
 
 
 def upload(source: Path, target: Path, names: Iterable[str]) -> None:
     """Put files of a local folder into a remote one, several at once."""
     fs, root = filesystem(target)
-    _transfer(lambda name: fs.put_file(str(source / name), f"{root.rstrip('/')}/{name}"), names)
+    _transfer(lambda name: fs.put_file(str(source / name), f"{root}/{name}"), names)
 
 
-def copy_folder(source: Path, target: Path, last: str) -> None:
-    """Copy a remote folder within its store, `last` after all else."""
+def copy_files(source: Path, target: Path, names: Iterable[str]) -> None:
+    """Copy files of a remote folder to another one of its store."""
     fs, root = filesystem(source)
     _, other = filesystem(target)
-    names = sizes(source).keys()
-    _transfer(lambda name: fs.cp_file(f"{root}/{name}", f"{other}/{name}"), names - {last})
-    fs.cp_file(f"{root}/{last}", f"{other}/{last}")
+    _transfer(lambda name: fs.cp_file(f"{root}/{name}", f"{other}/{name}"), names)
 
 
 def fetch(
-    source: Path | str, *, group: str | None = None, version: str = "", check: Callable[[Path], None] | None = None
+    source: Path | str,
+    *,
+    version: str = "",
+    marker: str | None = None,
+    group: str | None = None,
+    check: Callable[[Path], None] | None = None,
 ) -> Path:
-    """A local copy of a remote file or folder that does not change; a local path as it is.
+    """A local copy of a remote file or folder; a local path as it is.
 
-    All processes of a node share one copy; the first makes it. group, version: of things that follow each other (the
-    checkpoints of a run) only the last one fetched is kept. check: called on a new copy, which is dropped when it
-    raises. Raises RetryableError when the source cannot be read.
+    All processes of a node share one copy; the first makes it. It is made again when the version differs: a text that
+    tells one content from another, or what the store says of the file `marker` in the folder. Copies of one group (by
+    default of one source) replace each other. check: called on a new copy, which is dropped when it raises.
     """
     wanted = path(source)
     if not is_remote(wanted):
         return wanted
-    home = scratch(group or str(wanted))
-    os.utime(home)
-    kept = home / hashlib.sha256(version.encode()).hexdigest()[:16] / wanted.name
-    with (home / ".lock").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    if marker is not None:
+        fs, root = filesystem(wanted / marker)
+        version = str(fs.ukey(root))
+    with _locked_home(group or str(wanted)) as home:
+        kept = home / hashlib.sha256(version.encode()).hexdigest()[:16] / wanted.name
         if kept.exists():
             return kept
         for other in home.iterdir():
@@ -221,15 +312,42 @@ def scratch(name: str) -> Path:
     """
     top = Path(tempfile.gettempdir(), f"ray_kd-{os.getuid()}")
     top.mkdir(mode=0o700, exist_ok=True)
-    if top.stat().st_uid != os.getuid():
-        raise ConfigError(f"'{top}' belongs to another user: set TMPDIR to a folder of your own")
+    seen = top.lstat()
+    if seen.st_uid != os.getuid() or not stat.S_ISDIR(seen.st_mode):
+        raise ConfigError(f"'{top}' is not a folder of this user: set TMPDIR to one of your own")
     folder = top / hashlib.sha256(name.encode()).hexdigest()[:16]
-    if not folder.exists():
-        folder.mkdir(exist_ok=True)
-        for other in top.iterdir():
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        return folder
+    for other in top.iterdir():
+        # Gone, or in use: another process is quicker.
+        with suppress(FileNotFoundError, BlockingIOError):
             if time.time() - other.stat().st_mtime > _KEEP_S:
-                shutil.rmtree(other, ignore_errors=True)  # another process may be at it too
+                with (other / ".lock").open("a") as lock:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(other)
     return folder
+
+
+@contextmanager
+def _locked_home(name: str) -> Iterator[Path]:
+    while (lock := _lock(home := scratch(name))) is None:
+        pass
+    with lock:
+        os.utime(home)
+        yield home
+
+
+def _lock(home: Path) -> IO[str] | None:
+    """The lock of a home, held; None when the home was swept meanwhile."""
+    with suppress(FileNotFoundError):
+        lock = (home / ".lock").open("a")
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if os.fstat(lock.fileno()).st_nlink:
+            return lock
+        lock.close()
+    return None
 
 
 class GrowingFile:
@@ -246,7 +364,8 @@ class GrowingFile:
             return
         self._pool = ThreadPoolExecutor(max_workers=1)
         self._file = tempfile.NamedTemporaryFile("w", encoding="utf-8")  # noqa: SIM115 (closed by close)
-        self._file.writelines(read_lines(target))
+        for line in read_lines(target):
+            self.write(line)
 
     def write(self, line: str) -> None:
         """Add a line, its newline included."""
@@ -258,20 +377,25 @@ class GrowingFile:
         """What was written is flushed already; here for those who take this for a stream."""
 
     def publish(self, wait: bool = True) -> None:
-        """Let others see what was written. wait=False: soon, without waiting; the next call raises what went wrong."""
+        """Let others see what was written. wait=False: soon; where that fails it is warned of and tried next time."""
         if self._pool is None:
             return
-        if self._pending is not None:
-            self._pending.result()
+        pending, self._pending = self._pending, None
+        if pending is not None and (error := pending.exception()) is not None:
+            logger.warning("'%s' could not be put and will be again: %s", self._target, error)
         fs, name = filesystem(self._target)
-        self._pending = self._pool.submit(fs.put_file, self._file.name, name)
+        pending = self._pool.submit(fs.put_file, self._file.name, name)
         if wait:
-            self._pending.result()
+            pending.result()
+        else:
+            self._pending = pending
 
     def close(self) -> None:
         """Publish and close."""
-        self.publish()
-        self._file.close()
+        try:
+            self.publish()
+        finally:
+            self._file.close()
 
 
 class Flag:
@@ -283,26 +407,29 @@ class Flag:
         self._next = 0.0
 
     def is_set(self, at_once: bool = False) -> bool:
-        """Whether it is time to look (it is with at_once) and the file is there."""
+        """Whether it is time to look (it is with at_once) and the file is there; a store that fails says no."""
         now = time.monotonic()
         if now < self._next and not at_once:
             return False
         self._next = now + self._every_s
-        return self._target.exists()
+        try:
+            return self._target.exists()
+        except Exception as error:
+            if not is_store_error(error):
+                raise
+            logger.warning("'%s' could not be looked at: %s", self._target, error)
+            return False
 
 
 def _download(source: Path, target: Path) -> None:
     fs, root = filesystem(source)
-    try:
-        names = sizes(source)
-        if not names:
-            fs.get_file(root, str(target))
-            return
-        for parent in {(target / name).parent for name in names}:
-            parent.mkdir(parents=True, exist_ok=True)
-        _transfer(lambda name: fs.get_file(f"{root.rstrip('/')}/{name}", str(target / name)), names)
-    except OSError as error:
-        raise RetryableError(f"'{source}' cannot be copied to this node: {error}") from error
+    names = sizes(source)
+    if not names:
+        fs.get_file(root, str(target))
+        return
+    for parent in {(target / name).parent for name in names}:
+        parent.mkdir(parents=True, exist_ok=True)
+    _transfer(lambda name: fs.get_file(f"{root}/{name}", str(target / name)), names)
 
 
 def _transfer(move: Callable[[str], None], names: Iterable[str]) -> None:

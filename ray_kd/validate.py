@@ -68,7 +68,7 @@ def check_data(config: RunConfig) -> None:
             module.Source(options)
     module, options = plugins.options("data.formats", config.data.format, "data.format")
     module.Format(options)
-    storage.path(config.data.prepared_dir or "")
+    storage.path(config.data.prepared_dir or "", "data.prepared_dir")
     _require(0 <= config.data.eval_fraction < 1, "data.eval_fraction", config.data.eval_fraction, "0 up to below 1")
     _require(0 <= config.data.max_bad_fraction <= 1, "data.max_bad_fraction", config.data.max_bad_fraction, "0 to 1")
     if config.data.eval_source is not None and config.data.eval_fraction > 0:

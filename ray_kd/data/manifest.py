@@ -91,8 +91,10 @@ class Manifest:
         """The manifest of a folder. Raises DataError when there is none or it cannot be read."""
         path = storage.path(folder) / MANIFEST_NAME
         try:
-            return cls.from_json(path.read_text(encoding="utf-8"))
+            return cls.from_json(storage.read_text(path))
         except (OSError, ValueError) as error:
+            if storage.is_remote(path) and isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+                raise  # the store failed, which says nothing about the data
             raise DataError(f"prepared data '{folder}' has no readable {MANIFEST_NAME}: {error}") from error
 
 
@@ -105,10 +107,13 @@ def is_intact(folder: str | Path, fingerprint: str) -> bool:
         manifest = Manifest.read(folder)
     except DataError:
         return False
-    paths = {storage.path(folder) / file.name: file.nbytes for file in [*manifest.files, *manifest.eval_files]}
-    return manifest.fingerprint == fingerprint and all(
-        path.is_file() and path.stat().st_size == nbytes for path, nbytes in paths.items()
-    )
+    wanted = {file.name: file.nbytes for file in [*manifest.files, *manifest.eval_files]}
+    root = storage.path(folder)
+    if storage.is_remote(root):
+        present = storage.sizes(root)
+    else:
+        present = {name: (root / name).stat().st_size for name in wanted if (root / name).is_file()}
+    return manifest.fingerprint == fingerprint and all(present.get(name) == nbytes for name, nbytes in wanted.items())
 
 
 def report(manifest: Manifest) -> str:

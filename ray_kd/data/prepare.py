@@ -56,7 +56,7 @@ def prepare(
     max_bad_fraction of them are refused, with the refused ones listed in quarantine_path, or beside the folder.
     """
     plan = plan or plan_preparation(config, tokenizer_path, revision, seed)
-    root = storage.path(prepared_dir)
+    root = storage.path(prepared_dir, "data.prepared_dir")
     final = root / plan.folder_name
     beside = root / f"{final.name}.{QUARANTINE_NAME}"
     listed = storage.path(quarantine_path or beside)
@@ -78,7 +78,7 @@ def prepare(
 
 def _make(plan: Plan, folder: Path, listed: Path, config: configuration.Data, num_blocks: int | None) -> None:
     """Write everything into the staged folder, the manifest last; `listed` before anything is refused."""
-    parts_folder(folder).mkdir()
+    storage.make_folder(parts_folder(folder))
     shards = [(index, is_eval, shard) for index, (is_eval, shard) in enumerate(plan.shards)]
     results = _map(partial(_run_shard, task=plan.task, folder=str(folder)), shards, num_blocks)
     counts = sum((Counter(result.counts) for result in results), Counter())
@@ -170,7 +170,8 @@ def _quiet_ray_data() -> None:
 
 def _run_job(function: Callable[[Any], Any], row: dict[str, Any]) -> dict[str, Any]:
     try:
-        result = function(pickle.loads(row["job"]))
+        with storage.store_errors():
+            result = function(pickle.loads(row["job"]))
     except RayKDError as error:  # raised again in the driver; Ray would wrap it and print its traceback
         result = error
     return {"index": row["index"], "result": pickle.dumps(result)}
@@ -219,9 +220,9 @@ def _warn(manifest: Manifest) -> None:
 
 def _join(parts: Iterable[Path], whole: Path) -> None:
     try:
-        whole.parent.mkdir(parents=True, exist_ok=True)
+        storage.make_folder(whole.parent)
         with whole.open("wb") as file:
             for part in parts:
                 file.write(part.read_bytes())
     except OSError as error:
-        raise ConfigError(f"'{whole}' cannot be written: {error.strerror}") from error
+        raise ConfigError(f"'{whole}' cannot be written: {error.strerror or error}") from error

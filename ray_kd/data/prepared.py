@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from ray_kd import schema, storage
 from ray_kd.data.manifest import Manifest, PreparedFile
-from ray_kd.errors import DataError
+from ray_kd.errors import DataError, RetryableError
 
 ROWS_PER_GROUP = 256
 GROUPS_PER_FILE = 64
@@ -108,7 +108,7 @@ class PreparedData:
         """Read every file and compare its sha256 with the manifest. Raises DataError naming the file."""
         for file in [*self.manifest.files, *self.manifest.eval_files]:
             path = self.folder / file.name
-            if not path.is_file() or sha256_of(path) != file.sha256:
+            if not path.exists() or sha256_of(path) != file.sha256:
                 raise DataError(f"prepared file '{path}' is not what its manifest says: remove '{self.folder}'")
 
     def _split_files(self, split: Split) -> list[PreparedFile]:
@@ -118,10 +118,22 @@ class PreparedData:
 
     def _group(self, name: str, index: int) -> pa.Table:
         def read() -> pa.Table:
-            opened = _remember(self._files, name, lambda: pq.ParquetFile(storage.fetch(self.folder / name)))
+            opened = _remember(self._files, name, lambda: pq.ParquetFile(self._local(name)))
             return opened.read_row_group(index)
 
         return _remember(self._groups, (name, index), read)
+
+    def _local(self, name: str) -> Path:
+        """A file where it can be mapped; what comes from a store is compared with the manifest."""
+        if not storage.is_remote(self.folder):
+            return self.folder / name
+        (file,) = (file for file in [*self.manifest.files, *self.manifest.eval_files] if file.name == name)
+
+        def check(copy: Path) -> None:
+            if sha256_of(copy) != file.sha256:
+                raise RetryableError(f"prepared file '{self.folder / name}' did not arrive as its manifest says")
+
+        return storage.fetch(self.folder / name, version=file.sha256, check=check)
 
 
 def sha256_of(path: Path) -> str:

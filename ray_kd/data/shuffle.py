@@ -65,7 +65,7 @@ def plan_files(side: str, rows_of_part: Sequence[int], seed: int) -> list[FilePl
 
 def write_file(plan: FilePlan, folder: str, length: int) -> FileResult:
     """Write folder/<plan.name> and count its targets. Done again, it writes the same bytes."""
-    parts = {part: storage.fetch(part_path(folder, plan.side, part)) for part in np.unique(plan.parts).tolist()}
+    parts = {part: part_path(folder, plan.side, part) for part in np.unique(plan.parts).tolist()}
     with storage.drafted_file(storage.path(folder) / plan.name) as path:
         return _write(plan, parts, path, length)
 
@@ -93,7 +93,14 @@ def _write(plan: FilePlan, parts: Mapping[int, Path], path: Path, length: int) -
 
 def _gather(plan: FilePlan, chosen: slice, parts: Mapping[int, Path], width: int) -> NDArray[np.int32]:
     values = np.empty((len(plan.rows[chosen]), width), dtype=np.int32)
-    for place, (part, row) in enumerate(zip(plan.parts[chosen].tolist(), plan.rows[chosen].tolist(), strict=True)):
+    wanted = list(zip(plan.parts[chosen].tolist(), plan.rows[chosen].tolist(), strict=True))
+    if storage.is_remote(parts[wanted[0][0]]):
+        size = width * 4
+        ranges = [(parts[part], row * size, (row + 1) * size) for part, row in wanted]
+        for place, blob in enumerate(storage.read_ranges(ranges)):
+            values[place] = np.frombuffer(blob, np.int32)
+        return values
+    for place, (part, row) in enumerate(wanted):
         values[place] = np.fromfile(parts[part], np.int32, width, offset=row * width * 4)
     return values
 

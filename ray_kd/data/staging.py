@@ -8,6 +8,7 @@ staged files are copied to their place, the manifest last; two drivers that do s
 
 import fcntl
 import os
+import re
 import shutil
 import time
 import uuid
@@ -21,7 +22,8 @@ from ray_kd.data.manifest import MANIFEST_NAME
 from ray_kd.errors import ConfigError
 
 _PREFIX = ".preparing-"
-_OLD_S = 24 * 3600
+_STARTED = ".started"
+_OLD_S = 7 * 24 * 3600
 
 
 @contextmanager
@@ -54,8 +56,10 @@ def commit(folder: Path, final: Path, is_whole: Callable[[Path], bool]) -> None:
     """
     if storage.is_remote(final):
         if not is_whole(final):
-            storage.remove(final, first=MANIFEST_NAME)
-            storage.copy_folder(folder, final, last=MANIFEST_NAME)
+            # Never removed first: another driver may have completed it just now. Equal names hold equal bytes.
+            names = storage.sizes(folder).keys() - {_STARTED, MANIFEST_NAME}
+            storage.copy_files(folder, final, names)
+            storage.copy_files(folder, final, [MANIFEST_NAME])
         return
     if final.exists() and not is_whole(final):
         broken = folder.with_name(f"{folder.name}.broken")
@@ -89,8 +93,8 @@ def sweep(parent: Path) -> list[str]:
 def _staging_remote(parent: Path) -> Iterator[Path]:
     folder = parent / f"{_PREFIX}{int(time.time())}-{uuid.uuid4().hex[:12]}"
     try:
-        (folder / ".started").write_text("")
-    except Exception as error:  # a store's client raises what it likes
+        (folder / _STARTED).write_text("")
+    except PermissionError as error:
         raise ConfigError(f"data.prepared_dir '{parent}' cannot be written: {error}") from error
     try:
         yield folder
@@ -99,9 +103,9 @@ def _staging_remote(parent: Path) -> Iterator[Path]:
 
 
 def _sweep_remote(parent: Path) -> list[str]:
-    """No lock says whose driver is gone, so what is a day old goes."""
-    names = {name.split("/")[0] for name in storage.sizes(parent) if name.startswith(_PREFIX)}
-    old = [name for name in sorted(names) if time.time() - int(name.removeprefix(_PREFIX).split("-")[0]) > _OLD_S]
+    """No lock says whose driver is gone, so what is a week old goes."""
+    found = (re.fullmatch(rf"{re.escape(_PREFIX)}(\d+)-\w+", entry.name) for entry in storage.children(parent))
+    old = [match[0] for match in found if match and time.time() - int(match[1]) > _OLD_S]
     for name in old:
         storage.remove(parent / name)
     return old

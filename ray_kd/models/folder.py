@@ -47,7 +47,7 @@ def is_local(path_or_id: str) -> bool:
 
 def local_folder(path_or_id: str) -> str:
     """The model as transformers wants it: a path (of a copy on this node, for a URI), or the hub id as it stands."""
-    return str(storage.fetch(path_or_id)) if is_local(path_or_id) else path_or_id
+    return str(storage.fetch(path_or_id, marker="config.json")) if is_local(path_or_id) else path_or_id
 
 
 def check_model(path_or_id: str, revision: str | None, what: str) -> PreTrainedConfig:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ray_kd.storage import GrowingFile, read_lines
+from ray_kd.storage import GrowingFile, children, make_folder, read_lines
 
 JOURNAL = "teacher"
 """Folder of the journal in the run folder, a file or more an actor."""
@@ -20,7 +20,7 @@ class Journal:
 
     def __init__(self, run_dir: Path) -> None:
         self._folder = run_dir / JOURNAL
-        self._folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self._folder)
         self._name = uuid.uuid4().hex
         self._count = 0
         self._file = self._next()
@@ -28,8 +28,9 @@ class Journal:
     def add(self, line: dict[str, Any]) -> None:
         """Add a line; a killed actor loses none on a disk, at most the last one in a store."""
         self._file.write(json.dumps(line) + "\n")
-        self._file.publish(wait=False)
-        if self._file.nbytes > _MAX_PUT_BYTES and self._file.is_remote:
+        if not self._file.is_remote or self._file.nbytes < _MAX_PUT_BYTES:
+            self._file.publish(wait=False)
+        else:
             self._file.close()
             self._file = self._next()
 
@@ -45,7 +46,7 @@ def count_rows(run_dir: Path) -> tuple[int, int]:
     """
     done = np.zeros(1024, dtype=np.bool_)
     total = 0
-    for path in sorted((run_dir / JOURNAL).glob("*.jsonl")):
+    for path in children(run_dir / JOURNAL):
         for line in read_lines(path):
             if not line.endswith("\n"):
                 continue

@@ -77,10 +77,10 @@ class TeacherStage:
 
     def __init__(self, spec: EngineSpec, request: Request, run_dir: str) -> None:
         folder = storage.path(run_dir)
-        with refusal.reported(folder):
+        with refusal.reported(folder), storage.store_errors():
             self._engine = spec.build()
+            self._journal = Journal(folder)
         self._request = request
-        self._journal = Journal(folder)
 
     def __call__(self, block: pa.Table) -> pa.Table:
         start = time.perf_counter()

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray_kd import refusal, storage
 from ray_kd.config import Student, Train
-from ray_kd.locks import writer_lock
+from ray_kd.locks import Held, writer_lock
 from ray_kd.trainer.feed import Feed
 from ray_kd.trainer.schedule import learning_rate
 
@@ -76,11 +76,11 @@ def train(spec: TrainSpec) -> None:
         timeout_s=spec.train.timeout_s,
     )
     run_dir = storage.path(spec.run_dir)
-    with contextlib.closing(feed), writer_lock(run_dir), refusal.reported(run_dir):
-        _train(spec, feed, rank=ray.train.get_context().get_world_rank(), world=world)
+    with contextlib.closing(feed), storage.store_errors(), writer_lock(run_dir) as held, refusal.reported(run_dir):
+        _train(spec, feed, held, rank=ray.train.get_context().get_world_rank(), world=world)
 
 
-def _train(spec: TrainSpec, feed: Feed, rank: int, world: int) -> None:
+def _train(spec: TrainSpec, feed: Feed, held: Held, rank: int, world: int) -> None:
     import torch
 
     from ray_kd.trainer import zero
@@ -123,6 +123,7 @@ def _train(spec: TrainSpec, feed: Feed, rank: int, world: int) -> None:
             recorder.add(metrics, result, is_logged=is_last or is_evaluated or step % options.log_every == 0)
             ledger.totals.wall_s += time.perf_counter() - start
             if is_last or _is_due(step, options.checkpoint_every, spec.num_steps):
+                held.check()
                 recorder.publish()
                 _save(spec, engine, step, ledger, metrics, rank, world)
             if is_last:
@@ -183,7 +184,7 @@ def _restore(spec: TrainSpec, engine: Any, rank: int) -> tuple["Ledger", int]:
     dist.broadcast_object_list(newest, src=0)
     if newest[0] is None:
         return Ledger(spec.num_rows, spec.num_planned_rows), 1
-    folder = checkpoint.local_copy(newest[0])
+    folder = checkpoint.local_copy(newest[0], of_writer=True)
     document = checkpoint.read_state(folder)
     load_fragments(engine, engine.module, folder)
     load_rng(folder, rank)

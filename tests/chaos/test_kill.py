@@ -2,13 +2,14 @@
 
 import json
 import signal
+import time
 
 import psutil
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from ray_kd import storage
+from ray_kd import checkpoint, storage
 from tests.conftest import Jobs
 
 pytestmark = pytest.mark.ray
@@ -48,14 +49,14 @@ def assert_same_run(job, uninterrupted):
     """Bitwise: losses, gradient norms, evaluation and weights; and every row once."""
     assert job.exit_code == 0, job.stderr
     kept = ("step", "train/loss", "train/grad_norm", "train/learning_rate", "data/row_ids_sha256", "eval/kl")
-    ours = [[line.get(key) for key in kept] for line in job.metrics]
-    theirs = [[line.get(key) for key in kept] for line in uninterrupted.metrics]
-    assert ours == theirs
+    lines = [[line.get(key) for key in kept] for line in job.metrics]
+    assert lines == [[line.get(key) for key in kept] for line in uninterrupted.metrics]
     summary = job.summary
     assert summary["rows_missing"] == summary["rows_duplicated"] == 0
     assert summary["rows_consumed"] == uninterrupted.summary["rows_consumed"]
     assert summary["eval"] == uninterrupted.summary["eval"]
-    final = AutoModelForCausalLM.from_pretrained(storage.fetch(job.run_dir / "final")).state_dict()
+    ours = storage.fetch(job.run_dir / "final", marker="config.json")
+    final = AutoModelForCausalLM.from_pretrained(ours).state_dict()
     expected = AutoModelForCausalLM.from_pretrained(uninterrupted.run_dir / "final").state_dict()
     assert all(torch.equal(final[name], expected[name]) for name in expected)
 
@@ -86,16 +87,21 @@ def test_the_driver_is_killed(local_jobs, jobs, settings, uninterrupted):
 def test_the_driver_of_a_run_in_an_object_store_is_killed(
     tmp_path_factory, ray_environment, object_store, jobs, settings, uninterrupted
 ):
-    """The same with run.dir, prepared data, checkpoints and final/ in a store: nothing but the URI is shared."""
+    """The same with run.dir, and with it prepared data, checkpoints and final/, in a store."""
     remote = Jobs(tmp_path_factory.mktemp("remote-jobs"), ray_environment | object_store.environment, None)
     remote.runs = f"{object_store.uri}/team"
     remote.data.write_bytes(jobs.data.read_bytes())
     overrides = (*settings, f"teacher.model={jobs.teacher}")
     process = remote.start("killed", *overrides)
-    remote.wait_for_step("killed", 3, process)
+    root = remote.run_dir("killed") / "checkpoints"
+    while process.poll() is None and not checkpoint.folders(root):
+        time.sleep(0.2)
     process.send_signal(signal.SIGKILL)
     process.wait()
     job = remote.distill("killed", *overrides)
+    starts = [json.loads(line)["start_slot"] for line in storage.read_lines(job.run_dir / "attempts.jsonl")]
+    assert starts[0] == 0
+    assert starts[1] > 0
     assert_same_run(job, uninterrupted)
     assert job.summary["restarts"] == 1
     present = {found.name for found in job.run_dir.iterdir()}

@@ -130,7 +130,7 @@ REFUSED = {
         ["data.eval_fraction=0.5", "data.eval_source={{kind: jsonl, paths: [{w}/train.jsonl]}}"],
         ["data.eval_source and data.eval_fraction"],
     ),
-    "prepared_dir of no store": (["data.prepared_dir=nowhere://p"], ["'nowhere://p'", "no file system is known"]),
+    "prepared_dir of no store": (["data.prepared_dir=nowhere://p"], ["data.prepared_dir is 'nowhere://p'", "URI of s3://"]),
     "teacher path missing": (["teacher.model={w}/none"], ["teacher.model: '{w}/none' does not exist"]),
     "student path missing": (["student.model={w}/none"], ["student.model: '{w}/none' does not exist"]),
     "teacher a file": (["teacher.model={w}/file"], ["teacher.model: '{w}/file' is a file"]),
@@ -172,8 +172,8 @@ REFUSED = {
     "engine null": (["teacher.engine=null"], ["teacher.engine is None", "hf"]),
     "run.dir below a file": (["run.dir={w}/file/run"], ["run.dir '{w}/file/run' cannot be written"]),
     "run.dir a file": (["run.dir={w}/file"], ["run.dir '{w}/file' cannot be written"]),
-    "run.dir of no store": (["run.dir=nowhere://run"], ["'nowhere://run'", "no file system is known"]),
-    "run.dir of a missing package": (["run.dir=gs://bucket/run"], ["'gs://bucket/run'", "another package", "gcsfs"]),
+    "run.dir of no store": (["run.dir=nowhere://run"], ["run.dir is 'nowhere://run'", "URI of s3://"]),
+    "run.dir of a missing package": (["run.dir=gs://bucket/run"], ["run.dir is 'gs://bucket/run'", "package", "gcsfs"]),
     # More than any machine has, so that the test means the same on one with GPUs.
     "worker GPUs absent": (
         ["train.gpus_per_worker=1", "train.num_workers=64", "train.global_batch_size=64"],

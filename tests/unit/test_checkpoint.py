@@ -254,12 +254,42 @@ def test_in_a_store_a_broken_checkpoint_is_given_up_for_the_one_before(store: Pa
     broken = save_in_store(store, 2)
     (broken / "rank0").write_bytes(b"\7" * 100)
     assert checkpoint.newest_verified(store) == broken  # the sizes are right
+    with pytest.raises(CorruptCheckpoint, match="rank0: sha256 differs"):
+        checkpoint.local_copy(broken)  # a reader touches nothing
+    assert checkpoint.newest_verified(store) == broken
     with pytest.raises(RetryableError, match=r"rank0: sha256 differs .* given up for the one before"):
-        checkpoint.local_copy(broken)
+        checkpoint.local_copy(broken, of_writer=True)
     assert checkpoint.newest_verified(store) == good
     checkpoint.local_copy(good)
     (good / "rank0").unlink()
     assert checkpoint.newest_verified(store) is None
+
+
+def test_in_a_store_a_bad_copy_is_not_a_bad_checkpoint(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save_in_store(store, 1)
+    download = storage._download
+
+    def damaged(source: Path, target: Path) -> None:
+        download(source, target)
+        (target / "rank1").write_bytes(b"?" * 100)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "_download", damaged)
+        with pytest.raises(RetryableError, match=r"rank1: sha256 differs .*, in the copy on .*the original is good"):
+            checkpoint.local_copy(folder, of_writer=True)
+    assert (checkpoint.local_copy(checkpoint.newest_verified(store)) / "rank1").read_bytes() == b"\1" * 100
+
+
+def test_in_a_store_that_fails_no_checkpoint_is_taken_for_broken(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_in_store(store, 1)
+    save_in_store(store, 2)
+
+    def fail(*_: object) -> bytes:
+        raise OSError("503 slow down")
+
+    monkeypatch.setattr(storage.filesystem(store)[0], "cat_file", fail)
+    with pytest.raises(OSError, match="503"):
+        checkpoint.newest_verified(store)
 
 
 def test_in_a_store_a_commit_wants_every_file(store: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from ray_kd import launch
 from ray_kd.errors import ConfigError, DataError, RetryableError
+from ray_kd.locks import Lost
 
 
 def run(target, **more):
@@ -71,6 +72,28 @@ def test_an_error_of_ours_in_a_task_keeps_its_class():
 
     with pytest.raises(DataError, match=r"^no usable record$"):
         run(fails)
+
+
+def test_the_outermost_of_our_errors_counts():
+    def fails():
+        try:
+            raise ConfigError("what it came from")
+        except ConfigError as error:
+            raise RetryableError("what it means") from error
+
+    with pytest.raises(RetryableError, match="what it means"):
+        run(fails)
+
+
+def test_a_run_that_lost_its_folder_leaves_without_a_word_to_the_workers(monkeypatch):
+    asked = []
+
+    def lost():
+        raise Lost("another has it")
+
+    with pytest.raises(Lost, match="another has it"):
+        run(lambda: time.sleep(1), on_poll=[lost], request_stop=lambda: asked.append(1))
+    assert asked == []
 
 
 def test_a_lost_worker_is_retryable_and_a_bug_is_not():

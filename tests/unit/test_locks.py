@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
 import time
 import uuid
 
@@ -112,15 +111,33 @@ def test_in_a_store_living_workers_are_waited_for(run_in_store):
 
 
 def test_in_a_store_of_two_that_start_at_once_one_has_it(run_in_store, monkeypatch):
-    monkeypatch.setattr(locks.time, "sleep", lambda _: leave(run_in_store, ".driver.lock"))  # the other wrote later
+    wait = time.sleep
+
+    def sleep(seconds):
+        if seconds == locks._SETTLE_S:  # the other wrote later
+            leave(run_in_store, ".driver.lock")
+        wait(seconds)
+
+    monkeypatch.setattr(locks.time, "sleep", sleep)
     with pytest.raises(ConfigError, match=r"another run \(pid 7 on gone\)"), driver_lock(run_in_store):
         pass
     assert ".driver.lock" in storage.sizes(run_in_store)  # the other's lease stays
 
 
-def test_in_a_store_a_driver_that_stood_still_for_too_long_leaves(run_in_store, monkeypatch):
-    left = threading.Event()
-    monkeypatch.setattr(locks.os, "kill", lambda pid, signum: left.set())
-    with driver_lock(run_in_store):
-        leave(run_in_store, ".driver.lock")  # another took over
-        assert left.wait(5)
+@pytest.mark.parametrize(("lock", "name"), [(driver_lock, ".driver.lock"), (writer_lock, ".writers.lock/*")])
+def test_in_a_store_a_holder_that_stood_still_for_too_long_knows_it(run_in_store, lock, name):
+    with lock(run_in_store) as held:
+        held.check()
+        (lease,) = run_in_store.glob(name)
+        leave(lease.parent, lease.name)  # another took over
+        deadline = time.monotonic() + 5
+        while held.lost_to is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        with pytest.raises(locks.Lost, match=r"pid 7 on gone has its run\.dir now"):
+            held.check()
+    assert lease.exists()
+
+
+def test_on_a_disk_a_lock_is_held_until_it_is_given_up(tmp_path):
+    with driver_lock(tmp_path) as held:
+        held.check()

@@ -208,7 +208,7 @@ def test_run_dir_is_a_path_or_a_uri(load, tmp_path, monkeypatch):
     assert run_folder.run_dir(load("run.dir=~/run")) == tmp_path / "run"
     assert str(run_folder.run_dir(load("run.dir=s3://bucket/run"))) == "s3://bucket/run"
     assert str(run_folder.prepared_dir(load("run.dir=s3://bucket/run"))) == "s3://bucket/prepared"
-    with pytest.raises(ConfigError, match="'nowhere://run': no file system is known for nowhere://"):
+    with pytest.raises(ConfigError, match=r"run\.dir is 'nowhere://run': allowed is a path, or a URI of s3://"):
         run_folder.run_dir(load("run.dir=nowhere://run"))
 
 

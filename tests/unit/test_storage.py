@@ -1,12 +1,17 @@
 """The same calls on a disk and in an object store, over the S3 protocol."""
 
+import fcntl
+import os
 import uuid
 from pathlib import Path
 
 import pytest
+from upath import UPath
 
-from ray_kd import storage
+from ray_kd import checkpoint, run_folder, storage
+from ray_kd.data.manifest import Manifest
 from ray_kd.errors import ConfigError, RetryableError
+from ray_kd.progress import Progress
 
 
 @pytest.fixture(params=["disk", "store"])
@@ -37,15 +42,26 @@ def test_a_location_is_a_path_or_a_uri(object_store, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("uri", "why"),
     [
-        ("nowhere://a/b", "no file system is known for nowhere://"),
-        ("gs://a/b", "needs another package .*gcsfs"),
-        ("memory://a/b", "in one process only"),
-        ("s3://bucket", "is a whole store: allowed is a path, or the URI of a folder"),
+        ("nowhere://a/b", "run.dir is 'nowhere://a/b': allowed is a path, or a URI of s3://, gs://"),
+        ("memory://a/b", "allowed is a path"),
+        ("gs://a/b", "gs:// needs another package .*gcsfs"),
+        ("s3://bucket", "is 's3://bucket', a whole store: allowed is the URI of a folder"),
+        ("s3://key:word@bucket/a", "run.dir is a s3:// URI with a password: credentials come from the environment"),
     ],
 )
 def test_a_uri_that_cannot_serve_is_refused(object_store, uri, why):
-    with pytest.raises(ConfigError, match=why):
-        storage.path(uri)
+    with pytest.raises(ConfigError, match=why) as refused:
+        storage.path(uri, "run.dir")
+    assert "word@" not in str(refused.value)
+
+
+def test_children(folder):
+    assert storage.children(folder / "absent") == []
+    for name in ("b/c", "a", "b/d/e"):
+        storage.make_folder((folder / name).parent)
+        storage.write_text(folder / name, "1")
+    assert storage.children(folder) == [folder / "a", folder / "b"]
+    assert storage.children(folder / "b") == [folder / "b" / "c", folder / "b" / "d"]
 
 
 def test_text_is_written_and_added_to(folder):
@@ -89,16 +105,66 @@ def test_what_grows_in_a_store_is_seen_once_published(remote):
     growing.close()
 
 
-def test_what_goes_wrong_in_the_background_is_raised(remote, monkeypatch):
+def test_a_put_in_the_background_that_fails_is_made_up_for(remote, monkeypatch, caplog):
     growing = storage.GrowingFile(remote / "a.jsonl")
 
     def fail(*_):
         raise OSError("the store is full")
 
-    monkeypatch.setattr(storage.filesystem(remote)[0], "put_file", fail)
-    growing.publish(wait=False)
-    with pytest.raises(OSError, match="full"):
+    with monkeypatch.context() as patch:
+        patch.setattr(storage.filesystem(remote)[0], "put_file", fail)
+        growing.write("1\n")
         growing.publish(wait=False)
+        growing.write("2\n")
+        growing.publish(wait=False)
+        assert "could not be put and will be again: the store is full" in caplog.text
+        with pytest.raises(OSError, match="full"):
+            growing.publish()
+    growing.close()
+    assert (remote / "a.jsonl").read_text() == "1\n2\n"
+
+
+@pytest.fixture
+def unreachable(monkeypatch, tmp_path):
+    """A folder of a store where nobody answers."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    found = UPath("s3://runs/a", endpoint_url="http://127.0.0.1:9", key="k", secret="s", use_listings_cache=False,
+                  config_kwargs={"retries": {"max_attempts": 0}, "connect_timeout": 1})  # fmt: skip
+    monkeypatch.setattr(storage.filesystem(found)[0], "retries", 1)
+    return found
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda folder: storage.read_text(folder / "a"),
+        lambda folder: list(storage.read_lines(folder / "a")),
+        lambda folder: storage.write_text(folder / "a", "1"),
+        lambda folder: storage.fetch(folder),
+        lambda folder: (folder / "a").exists(),
+        lambda folder: run_folder.create(folder),
+        lambda folder: Manifest.read(folder),
+        lambda folder: storage.children(folder),
+        lambda folder: checkpoint.newest_verified(folder),
+    ],
+    ids=["read", "lines", "write", "fetch", "exists", "run_dir", "manifest", "children", "checkpoint"],
+)
+def test_a_store_that_cannot_be_reached_is_retryable(unreachable, call):
+    with pytest.raises(RetryableError, match="the object store failed"), storage.store_errors():
+        call(unreachable)
+
+
+def test_what_only_looks_goes_on_without_the_store(unreachable, caplog):
+    assert not storage.Flag(unreachable / ".stop").is_set()
+    assert "could not be looked at" in caplog.text
+    Progress(unreachable / "metrics.jsonl", num_steps=3).update(is_last=True)
+
+
+def test_other_errors_are_not_the_stores():
+    with pytest.raises(KeyError), storage.store_errors():
+        raise KeyError("a")
+    with pytest.raises(ConfigError), storage.store_errors():
+        raise ConfigError("a")
 
 
 def test_drafts_arrive_whole(folder):
@@ -142,10 +208,20 @@ def test_the_file_that_makes_a_folder_count_is_put_last_and_removed_first(remote
     assert sorted(calls[:2]) == ["a", "z"]
     assert calls[2:] == ["config.json"]
     removed = []
-    unlink = type(remote).unlink
-    monkeypatch.setattr(type(remote), "unlink", lambda p, **kw: (removed.append(p.name), unlink(p, **kw)))
+    remove, remove_one = fs.rm, fs.rm_file
+    monkeypatch.setattr(fs, "rm", lambda names: (removed.extend(names), remove(names)))
+    monkeypatch.setattr(fs, "rm_file", lambda name: (removed.append(name), remove_one(name)))
     storage.remove(remote / "model", first="config.json")
-    assert removed == ["config.json", "a", "z"]
+    assert [Path(name).name for name in removed] == ["config.json", "a", "z"]
+    assert storage.sizes(remote) == {}
+
+
+def test_a_draft_replaces_what_a_killed_upload_left(remote):
+    storage.write_text(remote / "model" / "shard-9", "left")
+    with storage.drafted_folder(remote / "model", last="config.json") as draft:
+        draft.mkdir()
+        (draft / "config.json").write_text("{}")
+    assert list(storage.sizes(remote)) == ["model/config.json"]
 
 
 def test_copies_on_a_node_are_shared_and_follow_the_version(remote):
@@ -171,8 +247,53 @@ def test_a_copy_that_fails_leaves_nothing(remote):
     with pytest.raises(ValueError):  # noqa: PT011 (the one above)
         storage.fetch(remote / "step_1", check=refuse)
     assert [p.name for p in storage.scratch(str(remote / "step_1")).iterdir()] == [".lock"]
-    with pytest.raises(RetryableError, match="cannot be copied"):
+    with pytest.raises(FileNotFoundError):
         storage.fetch(remote / "absent")
+
+
+def test_a_copy_is_made_again_when_the_original_has_changed(remote):
+    for content in ("one", "two"):
+        storage.write_text(remote / "final" / "config.json", content)
+        for _ in range(2):
+            copy = storage.fetch(remote / "final", marker="config.json")
+            assert (copy / "config.json").read_text() == content
+
+
+def test_copies_that_nobody_used_for_days_are_swept(tmp_path, monkeypatch, remote):
+    storage.write_text(remote / "a", "1")
+    copy = storage.fetch(remote / "a")
+    home = copy.parent.parent
+    storage.scratch("another")
+    assert copy.exists()
+    os.utime(home, (0, 0))
+    with (home / ".lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        storage.scratch("while it is in use")
+    assert copy.exists()
+    storage.scratch("a third")
+    assert not home.exists()
+    assert storage.fetch(remote / "a").read_text() == "1"
+
+
+def test_another_users_scratch_folder_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / f"ray_kd-{os.getuid()}").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match="is not a folder of this user: set TMPDIR"):
+        storage.scratch("a")
+
+
+def test_the_last_lines_and_ranges_of_a_file(remote):
+    assert storage.read_last_lines(remote / "a.jsonl", 8) == []
+    storage.write_text(remote / "a.jsonl", "1234\n5678\n9")
+    assert storage.read_last_lines(remote / "a.jsonl", 100) == ["1234\n", "5678\n"]
+    assert storage.read_last_lines(remote / "a.jsonl", 8) == ["5678\n"]
+    assert storage.read_ranges([(remote / "a.jsonl", 5, 7), (remote / "a.jsonl", 0, 2)]) == [b"56", b"12"]
+
+
+def test_no_bucket_is_made_for_a_typo(object_store):
+    with pytest.raises(ConfigError, match="'s3://typo/run' cannot be written"):
+        run_folder.create(storage.path("s3://typo/run"))
 
 
 def test_a_flag_in_a_store_is_looked_at_now_and_then(folder):

@@ -190,5 +190,5 @@ def test_gpus_of_a_cluster_are_not_looked_for_here(load, monkeypatch):
 
 def test_the_data_section_alone_needs_no_models(load):
     check_data(load("teacher.model=/nowhere", "student.model=/nowhere"))
-    with pytest.raises(ConfigError, match=r"'nowhere://p': no file system is known"):
+    with pytest.raises(ConfigError, match=r"data.prepared_dir is 'nowhere://p': allowed is a path, or a URI"):
         check_data(load("data.prepared_dir=nowhere://p"))

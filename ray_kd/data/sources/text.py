@@ -27,7 +27,7 @@ class Source:
 
     def __init__(self, config: Config) -> None:
         if config.sample_by not in SAMPLES:
-            raise ConfigError(f"data.source.sample_by is '{config.sample_by}': allowed is {' | '.join(SAMPLES)}")
+            raise ConfigError(f"sample_by of a text source is '{config.sample_by}': allowed is {' | '.join(SAMPLES)}")
         self.files = expand(config.paths)
         self.config = replace(config, paths=self.files)
 

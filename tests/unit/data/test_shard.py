@@ -1,15 +1,18 @@
 """One shard from records to a file of rows, without Ray: quarantine, splits, the eval side; then shuffled and read."""
 
 import json
+import os
 import pickle
 import re
+import shutil
+import uuid
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ray_kd import config, schema
+from ray_kd import config, schema, storage
 from ray_kd.data.files import SHARD_RECORDS
 from ray_kd.data.manifest import MANIFEST_NAME, Manifest, PreparedFile, is_intact, report
 from ray_kd.data.packing import has_target
@@ -18,7 +21,7 @@ from ray_kd.data.prepared import NUM_TARGET_BYTES, ROWS_PER_FILE, ROWS_PER_GROUP
 from ray_kd.data.records import Document
 from ray_kd.data.shard import bad_path, hash_text, is_held_out, part_path, prepare_shard, sketch
 from ray_kd.data.shuffle import plan_files, write_file
-from ray_kd.errors import ConfigError, DataError
+from ray_kd.errors import ConfigError, DataError, RetryableError
 from tests.tiny import tiny_tokenizer
 
 T = 32
@@ -144,7 +147,7 @@ def test_a_first_token_is_no_target():
 def written(data, tokenizer_path, folder):
     """Everything of a preparation but Ray, in this process."""
     plan = plan_preparation(data, tokenizer_path, None, seed=0)
-    (folder / "parts").mkdir(parents=True)
+    storage.make_folder(folder / "parts")
     results = [prepare_shard(i, *s, plan.task, str(folder)) for i, s in enumerate(plan.shards)]
     files = plan_files("train", [result.counts["train_rows"] for result in results], seed=0)
     done = [write_file(file, str(folder), T) for file in files]
@@ -154,8 +157,33 @@ def written(data, tokenizer_path, folder):
         "files": [PreparedFile(f.name, d.rows, d.nbytes, d.sha256) for f, d in zip(files, done, strict=True)],
         "eval_files": [],
     })  # fmt: skip
-    (folder / MANIFEST_NAME).write_text(manifest.to_json())
+    storage.write_text(folder / MANIFEST_NAME, manifest.to_json())
     return PreparedData(folder), done
+
+
+def test_in_an_object_store_the_same_bytes_come_out(object_store, tokenizer_path, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    (tmp_path / "data.jsonl").write_text("\n".join(json.dumps({"text": f"document {n}"}) for n in range(40)))
+    source = {"kind": "jsonl", "paths": [str(tmp_path / "data.jsonl")]}
+    given = config.Data(source=source, format={"kind": "text"}, sequence_length=T)
+    there = storage.path(f"{object_store.uri}/{uuid.uuid4().hex}/prepared")
+    here, expected = written(given, tokenizer_path, tmp_path / "out")
+    away, done = written(given, tokenizer_path, there)
+    assert done == expected
+    assert away.manifest == here.manifest
+    assert is_intact(there, here.manifest.fingerprint)
+    ids = np.arange(here.num_rows)[::-1]
+    assert away.read_rows(ids).equals(here.read_rows(ids))
+    away.verify()
+
+    (there / here.manifest.files[0].name).write_bytes(b"0" * here.manifest.files[0].nbytes)
+    with pytest.raises(DataError, match="is not what its manifest says"):
+        away.verify()
+    shutil.rmtree(tmp_path / f"ray_kd-{os.getuid()}")
+    with pytest.raises(RetryableError, match="did not arrive as its manifest says"):
+        PreparedData(there).read_rows(ids)
+    (there / here.manifest.files[0].name).unlink()
+    assert not is_intact(there, here.manifest.fingerprint)
 
 
 @pytest.fixture(scope="module")

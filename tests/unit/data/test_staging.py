@@ -3,9 +3,12 @@
 import os
 import subprocess
 import sys
+import uuid
 
 import pytest
 
+from ray_kd import storage
+from ray_kd.data.manifest import MANIFEST_NAME
 from ray_kd.data.staging import commit, staging, sweep
 from ray_kd.errors import ConfigError
 
@@ -54,6 +57,36 @@ def test_only_the_folders_of_dead_drivers_are_swept(tmp_path):
         assert alive.is_dir()
         assert not (tmp_path / dead).exists()
     assert not list(tmp_path.iterdir())
+
+
+def test_in_a_store_the_manifest_arrives_last_and_what_is_there_stays(object_store, monkeypatch):
+    parent = storage.path(f"{object_store.uri}/{uuid.uuid4().hex}")
+    final = parent / "final"
+    with staging(parent) as folder:
+        storage.write_text(folder / MANIFEST_NAME, "{}")
+        storage.write_text(folder / "a", "1")
+        storage.write_text(final / "a", "of a driver that is copying the same")
+        copied = []
+        fs, _ = storage.filesystem(parent)
+        copy = fs.cp_file
+        monkeypatch.setattr(fs, "cp_file", lambda one, other: (copied.append(other), copy(one, other)))
+        commit(folder, final, lambda place: (place / MANIFEST_NAME).exists())
+        assert [name.rsplit("/", 1)[1] for name in copied] == ["a", MANIFEST_NAME]
+        commit(folder, final, lambda place: (place / MANIFEST_NAME).exists())
+        assert len(copied) == 2
+    assert sorted(storage.sizes(parent)) == ["final/a", f"final/{MANIFEST_NAME}"]
+    assert storage.read_text(final / "a") == "1"
+
+
+def test_in_a_store_what_is_a_week_old_is_swept(object_store):
+    parent = storage.path(f"{object_store.uri}/{uuid.uuid4().hex}")
+    assert sweep(parent) == []
+    with staging(parent) as alive:
+        for name in (".preparing-1000-abc", ".preparing-deadbeef", "final"):
+            storage.write_text(parent / name / "a", "1")
+        assert sweep(parent) == [".preparing-1000-abc"]
+        assert (alive / ".started").exists()
+    assert sorted(storage.sizes(parent)) == [".preparing-deadbeef/a", "final/a"]
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path):
