@@ -4,10 +4,16 @@ The teacher's tokens and the label are the "slots" of a row. They are taken out 
 place), so that the logsumexp of the rest is exact however small the tail is, and their gradients are written in closed
 form in the loss's dtype: a correction added to a dense term already rounded to bf16 loses half of a small entry.
 
-C rows of a chunk, R rows of a block of it, K teacher tokens, V vocab, H width. z = logits, T = temperature, u = z / T.
+What is left is one exponential of each logit, and the gradient there is that exponential times a number of the row.
+On CPU that number never touches the logits: it multiplies the rows of the products' other factor and of their result
+(`hidden` for d weight, d hidden itself), so a slice of the logits is read, exponentiated and written while it is in
+the L2 cache, in one pass.
+
+C rows of a chunk, R rows of a slice of it, K teacher tokens, V vocab, H width. z = logits, T = temperature, u = z / T.
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,14 +22,66 @@ from ray_kd.losses.objective import Objective
 from ray_kd.losses.tail import logit_gradient, student_support, teacher_support
 from ray_kd.losses.targets import HeadGradients, Targets
 
-_CPU_BLOCK = 2**22
-"""Logits finished together on CPU, 16 MB in fp32: in a server's L3 cache, and enough to hide the small operations."""
-
 _CPU_SLICE = 2**18
-"""Logits of one pass around exp on CPU: they stay in the L2 cache."""
+"""Logits of one pass on CPU: with their float32 copy they stay in the L2 cache."""
 
-_DEVICE_BLOCK = 2**25
-"""Logits finished together elsewhere: it bounds the fp32 copy of a bf16 buffer at 128 MB."""
+_CPU_BLOCK = 2**21
+"""Logits on CPU of which both exponentials are kept, in the L3 cache: for cross-entropy beside a temperature."""
+
+_DEVICE_SLICE = 2**25
+"""Logits of one pass elsewhere: it bounds the fp32 copy of a bf16 buffer at 128 MB."""
+
+_MIN_FACTOR = 1e-6
+"""A row's number is taken out of its gradient where it is at least this, relative to the row's largest slot."""
+
+
+@dataclass(frozen=True)
+class _Slots:
+    """The teacher's tokens and the label of each row, taken out of the logits."""
+
+    ids: Tensor
+    """int64 [R, K], the label's where a slot is empty."""
+    is_filled: Tensor
+    logprobs: Tensor
+    labels: Tensor
+    """int64 [R, 1]; 0 for ignored rows."""
+    is_valid: Tensor
+    """[R, 1]"""
+    is_label: Tensor
+    """[R, K]: the slot that is the label."""
+    label_is_apart: Tensor
+    """[R, 1]: the label is none of the teacher's tokens."""
+    z_ids: Tensor
+    """[R, K], -inf where a slot is empty."""
+    z_label: Tensor
+    """[R, 1]"""
+    places: Tensor
+    """int64 [R (K + 1)]: the slots and the label in the flattened logits, in this order."""
+
+    @classmethod
+    def taken_from(cls, logits: Tensor, targets: Targets, dtype: torch.dtype) -> "_Slots":
+        """Read them, and leave -inf in their places."""
+        is_valid = targets.is_valid()[:, None]
+        labels = torch.where(is_valid, targets.labels[:, None], 0).long()
+        ids, is_filled, logprobs = targets.slots(dtype)
+        is_label = (ids == labels) & is_filled
+        # An empty slot stands for the label, which is a slot itself: it may be written twice, with one value.
+        ids = torch.where(is_filled, ids, labels)
+        first = torch.arange(logits.shape[0], device=logits.device)[:, None] * logits.shape[1]
+        places = (first + torch.cat([ids, labels], -1)).flatten()
+        z = logits.view(-1)[places].to(dtype).view(logits.shape[0], -1)
+        # Not scatter_, which takes a thousand times as long in bf16 on CPU.
+        logits.view(-1).index_put_((places,), logits.new_tensor(-math.inf))
+        return cls(
+            ids, is_filled, logprobs, labels, is_valid, is_label, ~is_label.any(-1, keepdim=True),
+            torch.where(is_filled, z[:, :-1], -math.inf), z[:, -1:], places,
+        )  # fmt: skip
+
+    def put(self, logits: Tensor, grad_ids: Tensor, grad_label: Tensor) -> None:
+        """Write the gradients of the slots [R, K] and of the label [R, 1] to their places."""
+        grad_label = torch.where(self.label_is_apart, grad_label, (grad_ids * self.is_label).sum(-1, keepdim=True))
+        grads = torch.cat([torch.where(self.is_filled, grad_ids, grad_label), grad_label], -1)
+        logits.view(-1).index_put_((self.places,), grads.to(logits.dtype).flatten())
 
 
 class DenseHead:
@@ -37,11 +95,19 @@ class DenseHead:
     ) -> None:
         """dtype: of everything but the products. scale: 1 / n, with which every gradient is multiplied."""
         self.weight, self.bias, self.objective, self.scale, self.dtype = weight, bias, objective, scale, dtype
-        self.heats_rest = not objective.ignores_rest and objective.temperature != 1
-        vocab_size = weight.shape[0]
         on_cpu = weight.device.type == "cpu"
-        self.block_rows = max(1, (_CPU_BLOCK if on_cpu else _DEVICE_BLOCK) // vocab_size)
-        self.slice_rows = max(1, _CPU_SLICE // vocab_size) if on_cpu else self.block_rows
+        # A small exponential divided by a small number of its row has no float16; d bias is a sum over the rows.
+        self.takes_factor_out = on_cpu and weight.dtype != torch.float16 and bias is None
+        # Which exponentials the gradient is made of: of z, of u = z / T, or of both.
+        self.heats = not objective.ignores_rest and objective.temperature != 1
+        self.has_heated_grad = self.heats and objective.kd_weight > 0
+        self.has_plain_grad = not self.has_heated_grad or objective.ce_weight > 0
+        self.keeps_both = self.has_heated_grad and self.has_plain_grad
+        vocab_size = weight.shape[0]
+        self.slice_rows = max(1, (_CPU_SLICE if on_cpu else _DEVICE_SLICE) // vocab_size)
+        self.block_rows = max(1, _CPU_BLOCK // vocab_size) if on_cpu and self.keeps_both else None
+        if not on_cpu and self.keeps_both:
+            self.block_rows = self.slice_rows
         self.buffers: dict[str, Tensor] = {}
         self.is_first = True
 
@@ -52,29 +118,38 @@ class DenseHead:
 
         hidden [C, H]. gradients None: no gradient at all is computed.
         """
-        logits = self._buffer("logits", hidden.shape[0], self.weight.dtype)
+        num_rows = hidden.shape[0]
+        logits = self._buffer("logits", num_rows, self.weight.dtype)
         if self.bias is None:
             torch.mm(hidden, self.weight.t(), out=logits)
         else:
             torch.addmm(self.bias, hidden, self.weight.t(), out=logits)
         sums = logits.new_zeros(4, dtype=self.dtype)
-        for start in range(0, hidden.shape[0], self.block_rows):
-            block = slice(start, start + self.block_rows)
-            sums += self._block(logits[block], targets.rows(block), wants_grad=gradients is not None)
+        factors = []
+        for start in range(0, num_rows, self.block_rows or num_rows):
+            block = slice(start, start + (self.block_rows or num_rows))
+            block_sums, factor = self._block(logits[block], targets.rows(block), wants_grad=gradients is not None)
+            sums += block_sums
+            factors.append(factor)
         if gradients is None:
             return sums, None
+        factor = torch.cat([f for f in factors if f is not None]) if self.takes_factor_out else None
         if gradients.weight is not None:
+            scaled = hidden if factor is None else (hidden * factor).to(hidden.dtype)
             # beta 0 on the first chunk overwrites: no pass to zero a gradient as large as the head.
             if gradients.weight.dtype == hidden.dtype:
-                gradients.weight.addmm_(logits.t(), hidden, beta=0 if self.is_first else 1)
+                gradients.weight.addmm_(logits.t(), scaled, beta=0 if self.is_first else 1)
             elif self.is_first:
-                gradients.weight.copy_(logits.t() @ hidden)
+                gradients.weight.copy_(logits.t() @ scaled)
             else:
-                gradients.weight.add_(logits.t() @ hidden)
+                gradients.weight.add_(logits.t() @ scaled)
         if gradients.bias is not None:
             gradients.bias.add_(logits.sum(0, dtype=self.dtype))
         self.is_first = False
-        return sums, logits @ self.weight if wants_hidden else None
+        if not wants_hidden:
+            return sums, None
+        grad = logits @ self.weight
+        return sums, grad if factor is None else (grad * factor).to(grad.dtype)
 
     def _buffer(self, name: str, num_rows: int, dtype: torch.dtype) -> Tensor:
         """The first rows of a buffer [rows, V] that lives as long as the call; the first use is the largest."""
@@ -82,93 +157,126 @@ class DenseHead:
             self.buffers[name] = self.weight.new_empty(num_rows, self.weight.shape[0], dtype=dtype)
         return self.buffers[name][:num_rows]
 
-    def _block(self, logits: Tensor, targets: Targets, wants_grad: bool) -> Tensor:
-        """Sums [4] of a block; with wants_grad its logits [R, V] become d loss / d logits."""
-        objective, num_rows = self.objective, logits.shape[0]
+    def _block(self, logits: Tensor, targets: Targets, wants_grad: bool) -> tuple[Tensor, Tensor | None]:
+        """Sums [4] of a block. With wants_grad its logits [R, V] become d loss / d logits, apart from a factor [R, 1]
+        where factors are taken out."""
+        objective = self.objective
         temperature, tail = objective.temperature, objective.tail
-        work = logits if logits.dtype == self.dtype else self._buffer("work", num_rows, self.dtype).copy_(logits)
-        heated = self._buffer("heated", num_rows, self.dtype) if self.heats_rest else None
-        is_valid = targets.is_valid()[:, None]
-        labels = torch.where(is_valid, targets.labels[:, None], 0).long()
-        ids, is_filled, logprobs = targets.slots(self.dtype)
-        is_label = (ids == labels) & is_filled
-        label_is_apart = ~is_label.any(-1, keepdim=True)
-
-        z_ids = torch.where(is_filled, work.gather(1, ids), -math.inf)
-        z_label = work.gather(1, labels)
-        slot_ids = torch.cat([ids, labels], -1)
-        is_slot = torch.cat([is_filled, label_is_apart], -1)
-        # Adding leaves what an empty slot points at untouched, which a plain scatter would not.
-        work.scatter_add_(1, slot_ids, torch.where(is_slot, -math.inf, 0.0).to(self.dtype))
-        top, log_rest, log_rest_heated = self._exponentials(work, heated)
+        slots = _Slots.taken_from(logits, targets, self.dtype)
+        heated = self._buffer("heated", logits.shape[0], self.dtype) if wants_grad and self.keeps_both else None
+        top, log_rest, log_rest_heated = self._exponentials(logits, heated, wants_grad)
 
         # Cross-entropy, at temperature 1.
-        z_slots = torch.cat([z_ids, torch.where(label_is_apart, z_label, -math.inf)], -1)
+        z_slots = torch.cat([slots.z_ids, torch.where(slots.label_is_apart, slots.z_label, -math.inf)], -1)
         log_total = torch.logaddexp(log_rest, torch.logsumexp(z_slots, -1, keepdim=True))
-        cross_entropy = log_total - z_label
+        cross_entropy = log_total - slots.z_label
 
         # The divergence, at the loss's temperature; to it the label is a token of the rest like any other.
-        u_ids, u_label = z_ids / temperature, z_label / temperature
+        u_ids, u_label = slots.z_ids / temperature, slots.z_label / temperature
         log_outside = None
         if not objective.ignores_rest:
-            log_outside = torch.logaddexp(log_rest_heated, torch.where(label_is_apart, u_label, -math.inf))
+            log_outside = torch.logaddexp(log_rest_heated, torch.where(slots.label_is_apart, u_label, -math.inf))
         rescale = objective.payload_temperature / temperature
-        log_q, in_support = teacher_support(logprobs, is_filled, tail, logits.shape[1], rescale)
+        log_q, in_support = teacher_support(slots.logprobs, slots.is_filled, tail, logits.shape[1], rescale)
         log_p, log_total_heated = student_support(u_ids, log_outside, in_support, tail)
         value, score = objective.divergence(log_p, log_q, objective.config)
 
-        teacher_logprobs = torch.where(is_filled, logprobs, -math.inf)
-        best = z_ids.gather(1, teacher_logprobs.argmax(-1, keepdim=True))
-        agrees = (best >= torch.maximum(top, z_slots.amax(-1, keepdim=True))) & is_filled.any(-1, keepdim=True)
+        teacher_logprobs = torch.where(slots.is_filled, slots.logprobs, -math.inf)
+        best = slots.z_ids.gather(1, teacher_logprobs.argmax(-1, keepdim=True))
+        agrees = (best >= torch.maximum(top, z_slots.amax(-1, keepdim=True))) & slots.is_filled.any(-1, keepdim=True)
         mass = teacher_logprobs.exp().sum(-1, keepdim=True)
         per_token = torch.cat([value[:, None] * temperature**2, cross_entropy, mass, agrees], -1)
-        sums = torch.where(is_valid, per_token, 0.0).sum(0)
+        sums = torch.where(slots.is_valid, per_token, 0.0).sum(0)
         if not wants_grad:
-            return sums
+            return sums, None
 
-        row_scale = is_valid.to(self.dtype) * self.scale
+        row_scale = slots.is_valid.to(self.dtype) * self.scale
         ce_scale = objective.ce_weight * row_scale
         kd_scale = objective.kd_weight * temperature * row_scale
         grad_ids, rest_factor = logit_gradient(score, log_p, in_support, tail)
-        grad_ids = kd_scale * grad_ids + ce_scale * (torch.exp(z_ids - log_total) - is_label.to(self.dtype))
-        grad_label = ce_scale * torch.expm1(z_label - log_total)
-        rest_scale = ce_scale * torch.exp(top - log_total)
-        if objective.ignores_rest:
-            work.mul_(rest_scale)
-        else:
+        grad_ids = kd_scale * grad_ids + ce_scale * (torch.exp(slots.z_ids - log_total) - slots.is_label.to(self.dtype))
+        grad_label = ce_scale * torch.expm1(slots.z_label - log_total)
+        plain = ce_scale * torch.exp(top - log_total)
+        hot = torch.zeros_like(plain)
+        if not objective.ignores_rest:
             kd_rest = kd_scale * rest_factor
             grad_label = grad_label + kd_rest * torch.exp(u_label - log_total_heated)
-            kd_rest = kd_rest * torch.exp(top / temperature - log_total_heated)
-            if heated is None:
-                work.mul_(rest_scale + kd_rest)
-            else:
-                work.mul_(rest_scale).addcmul_(heated, kd_rest)
-        # exp(-inf) left exact zeros at the slots: the sum is the value itself.
-        grad_slots = torch.cat([grad_ids, torch.where(label_is_apart, grad_label, 0.0)], -1)
-        work.scatter_add_(1, slot_ids, grad_slots)
-        if work is not logits:
-            logits.copy_(work)
-        return sums
+            hot = kd_rest * torch.exp(top / temperature - log_total_heated)
+            if not self.heats:
+                plain, hot = plain + hot, torch.zeros_like(hot)
+        factor = self._combine(logits, heated, plain, hot, torch.cat([grad_ids, grad_label], -1))
+        slots.put(logits, *((grad / factor for grad in (grad_ids, grad_label)) if factor is not None else (grad_ids, grad_label)))
+        return sums, factor
 
-    def _exponentials(self, work: Tensor, heated: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """work [R, V] becomes exp(z - top), heated becomes exp((z - top) / T).
+    def _combine(self, logits: Tensor, heated: Tensor | None, plain: Tensor, hot: Tensor, slots: Tensor) -> Tensor | None:
+        """logits become plain * exp(z - top) + hot * exp((z - top) / T), apart from the factor that is returned.
 
-        Returns top (the largest z of a row), the logsumexp of z and the logsumexp of u, each [R, 1].
+        plain, hot [R, 1]; slots [R, K + 1]: gradients that will be divided by the factor as well. Without a heated
+        buffer the logits hold the one exponential that counts.
+        """
+        main = hot if self.has_heated_grad else plain
+        if not self.takes_factor_out:
+            self._weigh(logits, heated, plain, hot, main)
+            return None
+        other = plain if heated is not None else torch.zeros_like(plain)
+        largest = torch.maximum(slots.abs().amax(-1, keepdim=True), other.abs())
+        is_large = main.abs() > _MIN_FACTOR * largest
+        factor = torch.where(is_large, main, largest.clamp(min=torch.finfo(self.dtype).tiny))
+        if heated is not None:
+            self._weigh(logits, heated, plain / factor, main / factor, main / factor)
+        elif not bool(is_large.all()):
+            rows = (~is_large[:, 0]).nonzero()[:, 0]
+            logits[rows] = (logits[rows] * (main / factor)[rows]).to(logits.dtype)
+        return factor
+
+    def _weigh(self, logits: Tensor, heated: Tensor | None, plain: Tensor, hot: Tensor, main: Tensor) -> None:
+        """The sum of both exponentials with their weights, a slice at a time."""
+        if heated is None:
+            for start in range(0, logits.shape[0], self.slice_rows):
+                part = logits[start : start + self.slice_rows]
+                part.copy_(self._float(part).mul_(main[start : start + self.slice_rows]))
+            return
+        hot_is_one = bool((hot == 1).all()) if hot.device.type == "cpu" else False
+        for start in range(0, logits.shape[0], self.slice_rows):
+            rows = slice(start, start + self.slice_rows)
+            part, hot_part = logits[rows], heated[rows]
+            if not hot_is_one:
+                hot_part.mul_(hot[rows])
+            part.copy_(hot_part.addcmul_(self._float(part), plain[rows]))
+
+    def _float(self, part: Tensor) -> Tensor:
+        """A slice of the logits in the dtype of the loss: itself, or a copy in a buffer that is reused."""
+        if part.dtype == self.dtype:
+            return part
+        return self._buffer("slice", min(self.slice_rows, part.shape[0]), self.dtype)[: part.shape[0]].copy_(part)
+
+    def _exponentials(self, logits: Tensor, heated: Tensor | None, wants_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """top (the largest z of a row), the logsumexp of z and the logsumexp of u, each [R, 1] in the loss's dtype.
+
+        With wants_grad the logits [R, V] become exp(z - top), and heated exp((z - top) / T); without heated the logits
+        become the one of the two that the gradient is made of.
         """
         temperature = self.objective.temperature
         tops, sums, heated_sums = [], [], []
-        for start in range(0, work.shape[0], self.slice_rows):
-            part = work[start : start + self.slice_rows]
+        for start in range(0, logits.shape[0], self.slice_rows):
+            rows = slice(start, start + self.slice_rows)
+            part = self._float(logits[rows])
             # Finite also where the slots are the whole vocabulary and nothing is left.
-            top = part.amax(-1, keepdim=True).clamp(min=-1e30)
-            part.sub_(top)
-            if heated is not None:
-                heated_part = torch.mul(part, 1 / temperature, out=heated[start : start + self.slice_rows]).exp_()
-                heated_sums.append(heated_part.sum(-1, keepdim=True))
-            sums.append(part.exp_().sum(-1, keepdim=True))
+            top = part.amax(-1, keepdim=True).clamp_(min=-1e30)
             tops.append(top)
+            part.sub_(top)
+            hot = None
+            if self.heats:
+                hot = heated[rows] if heated is not None else self._buffer("hot slice", self.slice_rows, self.dtype)[: len(part)]
+                torch.mul(part, 1 / temperature, out=hot).exp_()
+                heated_sums.append(hot.sum(-1, keepdim=True))
+            sums.append(part.exp_().sum(-1, keepdim=True))
+            if wants_grad:
+                kept = hot if hot is not None and heated is None and self.has_heated_grad else part
+                if kept is not logits[rows] and (kept.data_ptr() != logits[rows].data_ptr()):
+                    logits[rows].copy_(kept)
         top = torch.cat(tops)
         log_rest = torch.cat(sums).log() + top
-        if heated is None:
+        if not self.heats:
             return top, log_rest, log_rest
         return top, log_rest, torch.cat(heated_sums).log() + top / temperature

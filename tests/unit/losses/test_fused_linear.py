@@ -115,7 +115,7 @@ def test_small_entries_keep_their_relative_precision_in_bf16():
     p = torch.softmax(logits.double(), -1)
     expected = (p[:top_k] - q)[1:]
     error = (weight.grad[1:top_k, 0].double() - expected).norm() / expected.norm()
-    assert float(error) < 0.005
+    assert float(error) < 0.008
 
 
 def test_the_loss_does_not_drift_over_many_chunks_in_bf16():
