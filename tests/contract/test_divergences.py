@@ -41,7 +41,8 @@ def tails_of(config):
 
 
 def test_the_divergences_of_the_design_are_found():
-    assert {"forward_kl", "reverse_kl", "jsd", "gkd"} <= set(plugins.available(GROUP))
+    kinds = {"forward_kl", "reverse_kl", "jsd", "gkd", "skew_forward_kl", "skew_reverse_kl", "adaptive_kl"}
+    assert kinds | {"total_variation", "alpha_divergence"} <= set(plugins.available(GROUP))
 
 
 def test_every_numeric_option_was_tried_at_several_values():
