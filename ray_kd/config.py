@@ -121,7 +121,7 @@ class Loss:
     divergence: Any = field(default_factory=lambda: {"kind": "forward_kl"})
     """forward_kl | reverse_kl | jsd | ..., as a name or {kind: jsd, beta: 0.3}."""
     tail: str = "bucket"
-    """The mass outside the top k: bucket (one more outcome) | renormalize | drop (forward KL only)."""
+    """The mass outside the top k: bucket (one more outcome) | renormalize | drop (not for every divergence)."""
     temperature: float = 1.0
     """Softmax temperature of teacher and student; the loss carries its square."""
     kd_weight: float = 1.0

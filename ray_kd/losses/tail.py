@@ -5,7 +5,7 @@ common support, and the way back from dD/d(log p) on that support to the gradien
 
 bucket        the support is the K tokens plus one outcome that holds the rest: a proper divergence
 renormalize   the K tokens only, both sides renormalised: blind outside them, needs no sum over the vocabulary
-drop          the K tokens only, nothing renormalised: only forward KL has a usable optimum
+drop          the K tokens only, nothing renormalised: for divergences that keep a usable optimum there (`Config.tails`)
 
 Shapes: n tokens, K teacher tokens, S = K + 1 for bucket and K otherwise. u = logits / T.
 """

@@ -1,6 +1,7 @@
 """Every divergence on disk: its score is the derivative of its value, and it is a divergence on every tail it names."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -14,18 +15,22 @@ GROUP = "losses.divergences"
 TAILS = ("bucket", "renormalize", "drop")
 
 
+def numeric_options(module):
+    return [field.name for field in dataclasses.fields(module.Config) if isinstance(field.default, float)]
+
+
 def configs():
-    """Every kind with its default Config, and with other values of beta where it has one."""
+    """Every kind with its default Config, and with other values of every numeric option that takes them."""
     for kind in plugins.available(GROUP):
         module = plugins.load(GROUP, kind)
         yield pytest.param(module, module.Config(), id=kind)
-        if any(field.name == "beta" for field in dataclasses.fields(module.Config)):
-            for beta in (0.0, 0.2, 0.9, 1.0):
+        for name in numeric_options(module):
+            for value in (0.0, 0.05, 0.2, 0.7, 0.9, 1.0):
                 try:
-                    config = module.Config(beta=beta)
+                    config = module.Config(**{name: value})
                 except ValueError:
                     continue
-                yield pytest.param(module, config, id=f"{kind}-beta{beta}")
+                yield pytest.param(module, config, id=f"{kind}-{name}{value}")
 
 
 every_config = pytest.mark.parametrize(("module", "config"), list(configs()))
@@ -36,12 +41,25 @@ def tails_of(config):
 
 
 def test_the_divergences_of_the_design_are_found():
-    assert {"forward_kl", "reverse_kl", "jsd", "gkd"} <= set(plugins.available(GROUP))
+    kinds = {"forward_kl", "reverse_kl", "jsd", "gkd", "skew_forward_kl", "skew_reverse_kl", "adaptive_kl"}
+    assert kinds | {"total_variation", "alpha_divergence"} <= set(plugins.available(GROUP))
+
+
+def test_every_numeric_option_was_tried_at_several_values():
+    tried = [(param.values[0].__name__, dataclasses.asdict(param.values[1])) for param in configs()]
+    for kind in plugins.available(GROUP):
+        module = plugins.load(GROUP, kind)
+        for name in numeric_options(module):
+            values = {options[name] for tried_kind, options in tried if tried_kind == module.__name__}
+            assert len(values) >= 4, f"{kind}: {name} was tried at {values}"
 
 
 @every_config
 def test_the_score_is_the_derivative_of_the_value_by_the_logits(module, config):
-    """Through the softmax, where terms proportional to p vanish: what the shared machinery makes of the score."""
+    """Through the softmax, where terms proportional to p vanish: what the shared machinery makes of the score.
+
+    A factor that a divergence takes from log_p.detach() is a constant here too.
+    """
     torch.manual_seed(0)
     logits = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
     log_q = torch.log_softmax(torch.randn(6, 5, dtype=torch.float64), -1)
@@ -79,9 +97,9 @@ def test_the_loss_equals_its_twin_or_the_tail_is_refused_by_name(module, config,
     if kind not in REFERENCES:
         pytest.skip(f"tests/reference/kd_loss.py has no {kind}: the derivative of its own value stands for it")
     fast, slow = with_grads(batch), with_grads(batch)
-    options = {"tail": tail, "ce_weight": 0.4, "beta": getattr(config, "beta", 0.5)}
+    options = {"tail": tail, "ce_weight": 0.4}
     out = fused_linear_kd_loss(**fast, **options, divergence=config, chunk_size=3)
-    loss, _ = kd_loss(**slow, **options, divergence=kind)
+    loss, _ = kd_loss(**slow, **options, divergence={"kind": kind, **dataclasses.asdict(config)})
     out.loss.backward()
     loss.backward()
     torch.testing.assert_close(out.loss, loss, rtol=1e-9, atol=1e-12)
@@ -93,10 +111,63 @@ def test_the_loss_equals_its_twin_or_the_tail_is_refused_by_name(module, config,
 def test_it_stays_finite_far_apart_and_on_an_empty_row(module, config):
     log_p = torch.tensor([[0.0, -200.0], [-80.0, -80.0]])
     log_q = torch.tensor([[-1e4, 0.0], [-80.0, -80.0]])
+    for dtype in (torch.float32, torch.float64):
+        value, score = module.divergence(log_p.to(dtype), log_q.to(dtype), config)
+        assert value.dtype == score.dtype == dtype
+        assert torch.isfinite(value).all()
+        assert torch.isfinite(score).all()
+        assert abs(float(value[1])) < 1e-30
+        assert float(score[1].abs().max()) < 1e-30
+
+
+@every_config
+def test_empty_slots_add_nothing(module, config):
+    torch.manual_seed(2)
+    log_p, log_q = torch.log_softmax(2 * torch.randn(2, 50, 5, dtype=torch.float64), -1)
+    empty = torch.full((50, 3), -80.0, dtype=torch.float64)
     value, score = module.divergence(log_p, log_q, config)
-    assert torch.isfinite(value).all()
-    assert torch.isfinite(score).all()
-    assert abs(float(value[1])) < 1e-30
+    padded_value, padded_score = module.divergence(torch.cat([log_p, empty], -1), torch.cat([log_q, empty], -1), config)
+    torch.testing.assert_close(padded_value, value, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(padded_score[:, :5], score, rtol=1e-12, atol=1e-14)
+    assert float(padded_score[:, 5:].abs().max()) < 1e-30
+
+
+@every_config
+def test_float32_keeps_the_value_and_the_gradient(module, config):
+    torch.manual_seed(3)
+    log_p, log_q = torch.log_softmax(3 * torch.randn(2, 500, 33), -1)
+    exact_p, exact_q = log_p.double(), log_q.double()
+    value, score = module.divergence(log_p, log_q, config)
+    exact, exact_score = module.divergence(exact_p, exact_q, config)
+    torch.testing.assert_close(value.double(), exact, rtol=2e-5, atol=2e-6)
+    grad = score - log_p.exp() * score.sum(-1, keepdim=True)
+    exact_grad = exact_score - exact_p.exp() * exact_score.sum(-1, keepdim=True)
+    assert float((grad - exact_grad).norm() / exact_grad.norm()) < 1e-5
+
+
+@every_config
+def test_the_host_reads_no_value(module, config):
+    """Tensors without values: an .item() or a branch on one raises, as it would wait for the device on CUDA."""
+    meta = torch.empty(4, 7, device="meta")
+    value, score = module.divergence(meta, meta, config)
+    assert (value.shape, score.shape) == ((4,), (4, 7))
+
+
+@every_config
+def test_where_drop_is_named_the_best_student_has_the_teachers_proportions_and_at_least_its_mass(module, config):
+    """The K tokens hold 0.8 of the teacher. Ill-posed there is a divergence whose best student moves mass away."""
+    if "drop" not in tails_of(config):
+        return
+    torch.manual_seed(4)
+    log_q = torch.log_softmax(torch.randn(6, dtype=torch.float64), -1) + math.log(0.8)
+    masses = torch.arange(1, 101, dtype=torch.float64) / 100
+    same_proportions = log_q - math.log(0.8) + masses.log()[:, None]
+    value, _ = module.divergence(same_proportions, log_q.expand_as(same_proportions), config)
+    assert float(masses[value.argmin()]) >= 0.8
+    others = torch.log_softmax(torch.randn(20_000, 7, dtype=torch.float64), -1)[:, :6]
+    near = same_proportions[value.argmin()] - 0.01 * torch.rand(20_000, 6, dtype=torch.float64)
+    for student in (others, near):
+        assert (module.divergence(student, log_q.expand_as(student), config)[0] > value.min()).all()
 
 
 def test_beta_selects_the_three_divergences_in_one_kind():

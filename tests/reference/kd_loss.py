@@ -5,11 +5,13 @@
 p and q are plain vectors of probabilities on the support that `tail` names. No code is shared with ray_kd.losses.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
 REFERENCES = {}
-"""kind -> D(q, p, beta) on probability vectors."""
+"""kind -> D(q, p, its options) on probability vectors."""
 
 
 def _reference(function):
@@ -18,26 +20,60 @@ def _reference(function):
 
 
 @_reference
-def forward_kl(q: Tensor, p: Tensor, beta: float) -> Tensor:
+def forward_kl(q: Tensor, p: Tensor) -> Tensor:
     return (q * (q / p).log()).sum()
 
 
 @_reference
-def reverse_kl(q: Tensor, p: Tensor, beta: float) -> Tensor:
+def reverse_kl(q: Tensor, p: Tensor) -> Tensor:
     return (p * (p / q).log()).sum()
 
 
 @_reference
-def jsd(q: Tensor, p: Tensor, beta: float) -> Tensor:
+def jsd(q: Tensor, p: Tensor, beta: float = 0.5) -> Tensor:
     m = beta * q + (1 - beta) * p
     return beta * (q * (q / m).log()).sum() + (1 - beta) * (p * (p / m).log()).sum()
 
 
 @_reference
-def gkd(q: Tensor, p: Tensor, beta: float) -> Tensor:
+def gkd(q: Tensor, p: Tensor, beta: float = 0.5) -> Tensor:
     if beta == 0:
-        return forward_kl(q, p, beta)
-    return reverse_kl(q, p, beta) if beta == 1 else jsd(q, p, beta)
+        return forward_kl(q, p)
+    return reverse_kl(q, p) if beta == 1 else jsd(q, p, beta)
+
+
+@_reference
+def skew_forward_kl(q: Tensor, p: Tensor, alpha: float = 0.1) -> Tensor:
+    return forward_kl(q, alpha * q + (1 - alpha) * p)
+
+
+@_reference
+def skew_reverse_kl(q: Tensor, p: Tensor, alpha: float = 0.1) -> Tensor:
+    return reverse_kl((1 - alpha) * q + alpha * p, p)
+
+
+@_reference
+def adaptive_kl(q: Tensor, p: Tensor, mu: float = 0.5) -> Tensor:
+    """The weights are floats: autograd does not see that they depend on p."""
+    gaps = [0.0, 0.0]
+    mass = 0.0
+    for q_i, p_i in sorted(zip(q.tolist(), p.tolist(), strict=True), reverse=True):
+        gaps[0 if mass < mu else 1] += abs(p_i - q_i)
+        mass += q_i
+    if sum(gaps) == 0:
+        return forward_kl(q, p)
+    return (gaps[0] * forward_kl(q, p) + gaps[1] * reverse_kl(q, p)) / sum(gaps)
+
+
+@_reference
+def total_variation(q: Tensor, p: Tensor) -> Tensor:
+    return (p - q).abs().sum() / 2
+
+
+@_reference
+def alpha_divergence(q: Tensor, p: Tensor, alpha: float = 0.5) -> Tensor:
+    """Of positive measures: the sums of q and p are 1 except with `drop`."""
+    return (alpha * q.sum() + (1 - alpha) * p.sum() - (q**alpha * p ** (1 - alpha)).sum()) / (alpha * (1 - alpha))
 
 
 def on_support(full: Tensor, kept: list[int], sent: Tensor, tail: str) -> tuple[Tensor, Tensor]:
@@ -61,11 +97,15 @@ def kd_loss(
     temperature=1.0,
     kd_weight=1.0,
     ce_weight=0.0,
-    beta=0.5,
     lm_head_bias=None,
     num_valid_tokens=None,
 ) -> tuple[Tensor, dict[str, float]]:
-    """The loss as an autograd graph over its inputs, and its metrics as floats."""
+    """The loss as an autograd graph over its inputs, and its metrics as floats.
+
+    divergence: a kind, or a mapping with `kind` and options.
+    """
+    given = {"kind": divergence} if isinstance(divergence, str) else dict(divergence)
+    divergence_of = functools.partial(REFERENCES[given.pop("kind")], **given)
     logits = hidden.double() @ lm_head_weight.double().T
     if lm_head_bias is not None:
         logits = logits + lm_head_bias.double()
@@ -86,7 +126,7 @@ def kd_loss(
         kept = [i for i, _ in slots]
         sent = torch.tensor([lp for _, lp in slots], dtype=torch.float64).exp()
         q, p = on_support((logits[t] / temperature).softmax(-1), kept, sent, tail)
-        kd_sum = kd_sum + temperature**2 * REFERENCES[divergence](q, p, beta)
+        kd_sum = kd_sum + temperature**2 * divergence_of(q, p)
         mass_sum += float(sent.sum())
         agree_sum += float(logits[t].argmax() == kept[int(sent.argmax())])
     n = max(n, 1)

@@ -7,7 +7,9 @@ A file holds a `Config` dataclass and one function
 log_p and log_q [n, S] are student and teacher log-probabilities on one common support of S outcomes (the K tokens
 the teacher sent, then the bucket when there is one), float32 or float64, finite everywhere: an empty slot holds the
 same negligible log-probability on both sides. value is D(q, p); score is dD/d(log p) with the entries of log p taken as
-independent. Temperature, tails, the chain rule through the softmax to the logits, chunking and cross-entropy are
+independent. A factor that a paper keeps constant in the gradient is computed from log_p.detach(), and its file says so:
+differentiating the value then gives the score. No values are read on the host: no branches on them, no .item().
+Temperature, tails, the chain rule through the softmax to the logits, chunking and cross-entropy are
 shared machinery (`tail.py`, `fused_linear.py`) and do not belong here.
 
 `Config.tails` names the tail policies the divergence is well posed with; without it: bucket and renormalize,

@@ -16,6 +16,6 @@ class Config:
 
 
 def divergence(log_p: Tensor, log_q: Tensor, config: Config) -> tuple[Tensor, Tensor]:
-    """Value [n] and dD/d(log p) [n, S] = -q. The only file whose optimum survives unnormalised q (`drop`)."""
+    """Value [n] and dD/d(log p) [n, S] = -q. With `drop` the optimum is p = q / sum q on the K tokens."""
     q = log_q.exp()
     return (q * (log_q - log_p)).sum(-1), -q
