@@ -21,7 +21,7 @@ from ray_kd.errors import EXIT_BUG, EXIT_DONE, ConfigError, RayKDError, Retryabl
 logger = logging.getLogger("ray_kd")
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """argparse with the exit code of a user's mistake."""
 
     def error(self, message: str) -> NoReturn:
@@ -97,7 +97,7 @@ def prepare_data(argv: list[str]) -> int:
 
 def evaluate(argv: list[str]) -> int:
     """Measure a run's student against its teacher on the held-out rows: KL, perplexity, bits per byte, agreement."""
-    parser = _Parser("evaluate", description=evaluate.__doc__)
+    parser = Parser("evaluate", description=evaluate.__doc__)
     parser.add_argument("run_dir", help="the run folder")
     parser.add_argument("--model", help="a model folder to measure instead of the run's final/")
     parser.add_argument(
@@ -118,7 +118,7 @@ def evaluate(argv: list[str]) -> int:
 
 def export(argv: list[str]) -> int:
     """Write the student of a run's checkpoint as a Hugging Face folder."""
-    parser = _Parser("export", description=export.__doc__)
+    parser = Parser("export", description=export.__doc__)
     parser.add_argument("run_dir", help="the run folder")
     parser.add_argument("out_dir", help="the folder to write; must not exist")
     parser.add_argument("--step", type=int, help="the checkpoint's step (default: the newest verified one)")
@@ -143,7 +143,7 @@ JOBS: dict[str, Callable[[list[str]], int]] = {
 
 def _config_from(argv: list[str], job: str, description: str | None) -> configuration.RunConfig | None:
     """The config named on the command line; None when it was only to be printed."""
-    parser = _Parser(job, description=description, epilog=_key_help() if {"-h", "--help"} & set(argv) else None,
+    parser = Parser(job, description=description, epilog=_key_help() if {"-h", "--help"} & set(argv) else None,
                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("config", help="YAML file (configs/ has complete ones)")
     parser.add_argument(

@@ -84,6 +84,8 @@ class Teacher:
     """Rows per teacher forward; caps the engine's sub-batches, does not change any result."""
     dtype: str = "auto"
     """Weights' type: auto (as saved) | float32 | bfloat16 | float16."""
+    wire: str = "plain"
+    """How answers travel to the student: plain (fp16, least work) | compact (about half the bytes, for slow links)."""
     run_ahead_rows: int = 64
     """How many rows the teacher may be ahead of the student; bounds the object store and the work lost in a crash."""
     threads: int | None = None

@@ -237,6 +237,7 @@ class _StreamSpec:
     block_rows: int
     engine: EngineSpec
     request: Request
+    wire: str
     pool: Pool
 
 
@@ -261,7 +262,7 @@ def _stream(spec: _StreamSpec) -> "ray.data.Dataset":
     rows = ordered_rows(spec.order, spec.prepared_dir, start_slot=start_slot, block_rows=spec.block_rows)
     return rows.map_batches(
         TeacherStage,
-        fn_constructor_args=(spec.engine, spec.request, str(run_dir)),
+        fn_constructor_args=(spec.engine, spec.request, str(run_dir), spec.wire),
         batch_size=spec.block_rows,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(min_size=spec.pool.min_actors, max_size=spec.pool.max_actors),
@@ -300,6 +301,7 @@ def _fit(
         block_rows=block_rows,
         engine=EngineSpec.of(config.teacher, threads.teacher),
         request=Request(top_k=config.teacher.top_k, temperature=config.loss.temperature),
+        wire=config.teacher.wire,
         pool=pool,
     )
     held_out = results.held_out(config, prepared.folder, threads.worker, on_gpu=options.gpus_per_worker > 0)

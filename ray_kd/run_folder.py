@@ -29,7 +29,7 @@ LOG = "driver.log"
 _IDENTITY_KEYS = (
     "run.seed",
     "data.source", "data.format", "data.eval_source", "data.eval_fraction", "data.sequence_length",
-    "teacher.model", "teacher.revision", "teacher.engine", "teacher.top_k", "teacher.dtype",
+    "teacher.model", "teacher.revision", "teacher.engine", "teacher.top_k", "teacher.dtype", "teacher.wire",
     "eval.max_rows", "eval.kl",
     "student.model", "student.revision", "student.init", "student.dtype",
     "loss.divergence", "loss.tail", "loss.temperature", "loss.kd_weight", "loss.ce_weight",
@@ -77,7 +77,8 @@ def check_identity(folder: Path, config: RunConfig) -> None:
         return
     wanted = identity(config)
     for key, value in wanted.items():
-        seen = known["settings"].get(key)
+        # A key that is younger than the run had its default then, whatever that was: it is not compared.
+        seen = known["settings"].get(key, value)
         if key not in _CONTENT_KEYS and seen != value:
             raise ConfigError(
                 f"run.dir '{folder}' holds another run: its {key} is {_short(seen)}, now {_short(value)}; "

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ray_kd import cluster, plugins, storage
 from ray_kd.config import RunConfig
 from ray_kd.errors import ConfigError
+from ray_kd.payloads.topk_logprobs import WIRES
 from ray_kd.trainer.schedule import SCHEDULES
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ _CHOICES = {
     "student.dtype": ("float32", "bfloat16", "float16"),
     "student.liger": ("auto", "never"),
     "teacher.dtype": ("auto", "float32", "bfloat16", "float16"),
+    "teacher.wire": WIRES,
     "train.schedule": SCHEDULES,
     "train.zero_stage": (0, 1, 2, 3),
     "train.gpus_per_worker": (0, 1),

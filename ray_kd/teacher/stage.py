@@ -73,14 +73,20 @@ class TeacherStage:
 
     run_dir: each actor appends one line per block to a journal there (slots through the engine, seconds), so that the
     teacher's work can be counted over every restart; a killed actor loses no line it finished.
+    wire: how the payloads are encoded, one of their module's WIRES; who decodes them need not know.
     """
 
-    def __init__(self, spec: EngineSpec, request: Request, run_dir: str) -> None:
+    def __init__(self, spec: EngineSpec, request: Request, run_dir: str, wire: str = "plain") -> None:
         folder = storage.path(run_dir)
         with refusal.reported(folder), storage.store_errors():
             self._engine = spec.build()
             self._journal = Journal(folder)
         self._request = request
+        with refusal.reported(folder), storage.store_errors():
+            self._engine = spec.build()
+            self._journal = Journal(folder)
+        self._request = request
+        self._wire = wire
 
     def __call__(self, block: pa.Table) -> pa.Table:
         start = time.perf_counter()
@@ -96,7 +102,7 @@ class TeacherStage:
             if isinstance(answer, RowError):
                 weight[place], errors[place] = 0.0, answer.reason
             else:
-                payloads[place] = answer.encode()
+                payloads[place] = answer.encode(self._wire)
 
         busy_s = time.perf_counter() - start
         self._journal.add({"slots": [int(slots[i]) for i in asked], "busy_s": round(busy_s, 6), "pid": os.getpid()})

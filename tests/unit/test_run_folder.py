@@ -50,6 +50,7 @@ IDENTITY = [
     "teacher.engine=fake",
     "teacher.top_k=8",
     "teacher.dtype=bfloat16",
+    "teacher.wire=compact",
     "student.revision=v2",
     "student.init={layers: 2}",
     "student.dtype=bfloat16",

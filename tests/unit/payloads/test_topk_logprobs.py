@@ -1,17 +1,25 @@
-"""Sizes, round trips and refusals of the top-k wire."""
+"""Sizes, round trips and refusals of the top-k wire, in its plain encoding."""
 
 import struct
 import subprocess
 import sys
+import zlib
 
 import numpy as np
 import pytest
 
-from ray_kd.payloads import TopKLogprobs
-from ray_kd.payloads.topk_logprobs import nbytes_per_token
+from ray_kd.errors import DataError
+from ray_kd.payloads import TopKLogprobs, _float16
+from ray_kd.payloads.topk_logprobs import example, nbytes_per_token
 
-HEADER = 26
-"""Bytes before the ids: magic, version, M, K, temperature, vocab_size."""
+HEADER = 30
+"""Bytes before the ids: magic, version, M, K, temperature, vocab_size, checksum."""
+
+
+def sealed(blob):
+    """The same bytes with the right checksum: what an encoder with a bug would send."""
+    blob = bytes(blob)
+    return blob[:26] + struct.pack("<I", zlib.crc32(blob[30:], zlib.crc32(blob[:26]))) + blob[30:]
 
 
 def draw(num_tokens, top_k, vocab_size, empty=0.0, dtype=np.int32, seed=0):
@@ -59,6 +67,8 @@ def test_the_budget_of_the_design():
     assert nbytes_per_token(64, 152064) == 272
     assert nbytes_per_token(64, 65536) == 256
     assert nbytes_per_token(64, 65537) == 264
+    payload = example(500, np.random.default_rng(0), top_k=64, vocab_size=2**18, empty=0.0)
+    assert len(payload.encode()) <= 272 * 500 + 32
 
 
 @pytest.mark.parametrize("vocab_size", [152064, 65537, 2**24 + 1])
@@ -121,21 +131,44 @@ def test_decode_refuses_ids_outside_the_vocabulary_and_nan():
     blob = bytearray(payload.encode())
     blob[HEADER : HEADER + 2] = struct.pack("<H", 10)
     with pytest.raises(ValueError, match=r"token id 10.*10"):
-        TopKLogprobs.decode(bytes(blob))
-    for bits in (0x7E00, 0xFE00, 0x7C01, 0x7C00):
+        TopKLogprobs.decode(sealed(blob))
+    for bits in (0x7E00, 0xFE00, 0xFC01, 0x7C01, 0x7C00):
         blob = payload.encode()[:-2] + struct.pack("<H", bits)
         with pytest.raises(ValueError, match="NaN or"):
-            TopKLogprobs.decode(blob)
+            TopKLogprobs.decode(sealed(blob))
 
 
-def test_flipped_header_bits_never_pass_as_another_shape():
-    """Any single changed byte of magic, version, M or K is refused; the sizes leave no room for another reading."""
+def test_a_changed_header_with_the_right_checksum_never_passes_as_another_shape():
+    """Any single changed byte of M or K: the sizes leave no room for another reading."""
     blob = draw(4, 8, 152064).encode()
-    for position in range(4 + 2 + 4 + 4):
+    for position in range(6, 14):
         damaged = bytearray(blob)
         damaged[position] ^= 0x01
-        with pytest.raises(ValueError, match="payload"):
-            TopKLogprobs.decode(bytes(damaged))
+        with pytest.raises(DataError, match="payload"):
+            TopKLogprobs.decode(sealed(damaged))
+
+
+def test_log_probabilities_above_0_and_beside_empty_slots_are_kept():
+    logprobs = np.float32([[1e-3, 0.0, -0.0, -7.0, -np.inf]])
+    decoded = TopKLogprobs.decode(TopKLogprobs(np.arange(5)[None], logprobs, 1.0, 10).encode())
+    np.testing.assert_array_equal(decoded.logprobs, logprobs.astype(np.float16))
+    np.testing.assert_array_equal(decoded.ids, [[0, 1, 2, 3, -1]])
+
+
+def test_float16_on_the_bits_is_what_numpy_makes():
+    """Every float16 down to -65504, the midpoints between neighbours (ties to even) and random numbers."""
+    half = np.arange(0x8000, 0xFC00, dtype=np.uint16)
+    exact = half.view(np.float16).astype(np.float32)
+    np.testing.assert_array_equal(_float16.from_bits(half), exact)
+    between = ((exact[1:].astype(np.float64) + exact[:-1]) / 2).astype(np.float32)
+    random = -np.exp(np.random.default_rng(0).uniform(-9.6, 11, 100_000)).astype(np.float32)
+    sides = [np.nextafter(between, np.float32(side)) for side in (0, -np.inf)]
+    values = np.concatenate([exact, between, *sides, random, np.float32([-65519, -np.inf])])
+    got, wanted = _float16.to_bits(values).view(np.float16), values.astype(np.float16)
+    is_normal = values <= -(2.0**-14)
+    np.testing.assert_array_equal(got[is_normal], wanted[is_normal])
+    # Below 6e-5 it rounds twice, which can move a tie by one.
+    np.testing.assert_allclose(got[~is_normal], wanted[~is_normal], rtol=0, atol=2.0**-24)
 
 
 def test_the_codec_needs_neither_torch_nor_ray():

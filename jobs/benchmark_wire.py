@@ -1,0 +1,89 @@
+"""The wire measured: bytes and microseconds a token, and what rounding costs, for each encoding, K, vocabulary and row.
+
+jobs/benchmark_wire.py                                     # rows like a language model's (payloads.example)
+jobs/benchmark_wire.py --payloads FILE.npz --out FILE      # real ones: ids and logprobs [..., M, K], vocab_size
+
+Times are medians over interleaved repeats, each after an untimed one, so that a busy machine slows all columns alike.
+`x memcpy` is encode + decode over copying the arrays. KL is exact || decoded on the K tokens and a bucket, in nats.
+"""
+
+import itertools
+import json
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from ray_kd.cli import Parser
+from ray_kd.payloads.topk_logprobs import WIRES, TopKLogprobs, example
+
+COLUMNS = ("wire", "K", "vocabulary", "tokens", "B/token", "encode us", "decode us", "x memcpy", "KL mean", "KL 99.9%")
+
+
+def main() -> int:
+    parser = Parser("benchmark_wire", description=__doc__)
+    parser.add_argument("--top-k", type=int, nargs="+", default=[8, 64], metavar="K")
+    parser.add_argument("--vocab-size", type=int, nargs="+", default=[49152, 151936], metavar="V")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[128, 500, 2048], metavar="M", help="targets a row")
+    parser.add_argument("--repeats", type=int, default=31)
+    parser.add_argument("--payloads", type=Path, metavar="FILE", help="an .npz to take instead of synthetic rows")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the table as JSON, too")
+    options = parser.parse_args()
+    if min(*options.top_k, *options.tokens, options.repeats) < 1 or 4 * max(options.top_k) > min(options.vocab_size):
+        parser.error("--top-k, --tokens and --repeats are 1 or more, --vocab-size at least 4 times --top-k")
+    if options.payloads is None:
+        shapes = itertools.product(options.tokens, options.top_k, options.vocab_size)
+        payloads = [example(m, np.random.default_rng(0), k, v, empty=0.0) for m, k, v in shapes]
+    elif options.payloads.is_file():
+        file = np.load(options.payloads, allow_pickle=False)
+        ids, logprobs = (file[name].reshape(-1, file[name].shape[-1]) for name in ("ids", "logprobs"))
+        payloads = [TopKLogprobs(ids[:m], logprobs[:m], 1.0, int(file["vocab_size"])) for m in options.tokens]
+    else:
+        parser.error(f"argument --payloads: there is no file '{options.payloads}'")
+    print("  ".join(f"{name:>10}" for name in COLUMNS))
+    rows = [row for payload in payloads for row in measure(payload, options.repeats)]
+    if options.out is not None:
+        options.out.write_text(json.dumps([dict(zip(COLUMNS, row, strict=True)) for row in rows], indent=1) + "\n")
+    return 0
+
+
+def measure(payload: TopKLogprobs, repeats: int) -> list[tuple[str | int | float, ...]]:
+    """One printed row an encoding."""
+    num_tokens, top_k = payload.ids.shape
+    blobs = {wire: payload.encode(wire) for wire in WIRES}
+    steps: list[Callable[[], object]] = [lambda: (payload.ids.copy(), payload.logprobs.copy())]
+    for wire, blob in blobs.items():
+        steps += [partial(payload.encode, wire), partial(TopKLogprobs.decode, blob)]
+    seconds = np.empty((repeats, len(steps)))
+    for turn in range(repeats):
+        for place, step in enumerate(steps):
+            step()
+            start = time.perf_counter()
+            step()
+            seconds[turn, place] = time.perf_counter() - start
+    copy_us, *codec_us = (1e6 * np.median(seconds, axis=0) / num_tokens).tolist()
+    rows: list[tuple[str | int | float, ...]] = []
+    for (wire, blob), encode_us, decode_us in zip(blobs.items(), codec_us[::2], codec_us[1::2], strict=True):
+        kl = induced_kl(payload.logprobs, TopKLogprobs.decode(blob).logprobs)
+        ratio = (encode_us + decode_us) / copy_us
+        row = (wire, top_k, payload.vocab_size, num_tokens, len(blob) / num_tokens, encode_us, decode_us, ratio,
+               float(kl.mean()), float(np.quantile(kl, 0.999)))  # fmt: skip
+        print("  ".join(f"{value:>10.3g}" if isinstance(value, float) else f"{value:>10}" for value in row))
+        rows.append(row)
+    return rows
+
+
+def induced_kl(exact: np.ndarray, decoded: np.ndarray) -> np.ndarray:
+    """[M] of [M, K]; the bucket holds at least 1e-7, as in the loss."""
+    exact, decoded = exact.astype(np.float64), decoded.astype(np.float64)
+    is_filled = np.isfinite(exact) & np.isfinite(decoded)
+    mass = np.where(is_filled, np.exp(exact), 0.0)
+    tail, decoded_tail = (np.maximum(1 - np.exp(x).sum(axis=1), 1e-7) for x in (exact, decoded))
+    return (mass * np.where(is_filled, exact - decoded, 0.0)).sum(axis=1) + tail * np.log(tail / decoded_tail)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
