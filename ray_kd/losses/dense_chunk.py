@@ -105,9 +105,10 @@ class DenseHead:
         self.keeps_both = self.has_heated_grad and self.has_plain_grad
         vocab_size = weight.shape[0]
         self.slice_rows = max(1, (_CPU_SLICE if on_cpu else _DEVICE_SLICE) // vocab_size)
-        self.block_rows = max(1, _CPU_BLOCK // vocab_size) if on_cpu and self.keeps_both else None
-        if not on_cpu and self.keeps_both:
-            self.block_rows = self.slice_rows
+        # Rows finished together: all of a chunk, unless both exponentials have to be kept.
+        self.block_rows: int | None = None
+        if self.keeps_both:
+            self.block_rows = max(1, _CPU_BLOCK // vocab_size) if on_cpu else self.slice_rows
         self.buffers: dict[str, Tensor] = {}
         self.is_first = True
 
@@ -204,45 +205,52 @@ class DenseHead:
             hot = kd_rest * torch.exp(top / temperature - log_total_heated)
             if not self.heats:
                 plain, hot = plain + hot, torch.zeros_like(hot)
-        factor = self._combine(logits, heated, plain, hot, torch.cat([grad_ids, grad_label], -1))
-        slots.put(logits, *((grad / factor for grad in (grad_ids, grad_label)) if factor is not None else (grad_ids, grad_label)))
-        return sums, factor
+        largest_slot = torch.maximum(grad_ids.abs().amax(-1, keepdim=True), grad_label.abs())
+        if self.takes_factor_out:
+            factor = self._weigh_rows(logits, heated, plain, hot, largest_slot)
+            slots.put(logits, grad_ids / factor, grad_label / factor)
+            return sums, factor
+        self._weigh(logits, heated, plain, hot)
+        slots.put(logits, grad_ids, grad_label)
+        return sums, None
 
-    def _combine(self, logits: Tensor, heated: Tensor | None, plain: Tensor, hot: Tensor, slots: Tensor) -> Tensor | None:
-        """logits become plain * exp(z - top) + hot * exp((z - top) / T), apart from the factor that is returned.
+    def _weigh_rows(
+        self, logits: Tensor, heated: Tensor | None, plain: Tensor, hot: Tensor, largest_slot: Tensor
+    ) -> Tensor:
+        """logits become (plain * exp(z - top) + hot * exp((z - top) / T)) / factor [R, 1], which is returned.
 
-        plain, hot [R, 1]; slots [R, K + 1]: gradients that will be divided by the factor as well. Without a heated
-        buffer the logits hold the one exponential that counts.
+        The factor is the number of the exponential that the logits (without heated) or heated hold, so that nothing is
+        left to multiply; in a row where that one is tiny beside what else is divided by it, the largest of those.
         """
         main = hot if self.has_heated_grad else plain
-        if not self.takes_factor_out:
-            self._weigh(logits, heated, plain, hot, main)
-            return None
-        other = plain if heated is not None else torch.zeros_like(plain)
-        largest = torch.maximum(slots.abs().amax(-1, keepdim=True), other.abs())
-        is_large = main.abs() > _MIN_FACTOR * largest
-        factor = torch.where(is_large, main, largest.clamp(min=torch.finfo(self.dtype).tiny))
+        largest = largest_slot if heated is None else torch.maximum(largest_slot, plain.abs())
+        is_tiny = main.abs() <= _MIN_FACTOR * largest
+        factor = torch.where(is_tiny, largest.clamp(min=torch.finfo(self.dtype).tiny), main)
+        left = main / factor
+        rows = is_tiny[:, 0].nonzero()[:, 0]
+        if len(rows):
+            held = logits if heated is None else heated
+            held[rows] = (held[rows] * left[rows]).to(held.dtype)
         if heated is not None:
-            self._weigh(logits, heated, plain / factor, main / factor, main / factor)
-        elif not bool(is_large.all()):
-            rows = (~is_large[:, 0]).nonzero()[:, 0]
-            logits[rows] = (logits[rows] * (main / factor)[rows]).to(logits.dtype)
+            self._weigh(logits, heated, plain / factor, None)
         return factor
 
-    def _weigh(self, logits: Tensor, heated: Tensor | None, plain: Tensor, hot: Tensor, main: Tensor) -> None:
-        """The sum of both exponentials with their weights, a slice at a time."""
-        if heated is None:
-            for start in range(0, logits.shape[0], self.slice_rows):
-                part = logits[start : start + self.slice_rows]
-                part.copy_(self._float(part).mul_(main[start : start + self.slice_rows]))
-            return
-        hot_is_one = bool((hot == 1).all()) if hot.device.type == "cpu" else False
+    def _weigh(self, logits: Tensor, heated: Tensor | None, plain: Tensor, hot: Tensor | None) -> None:
+        """logits become plain * exp(z - top) + hot * exp((z - top) / T), a slice at a time; hot None: 1.
+
+        Without heated the logits hold the one exponential that counts.
+        """
         for start in range(0, logits.shape[0], self.slice_rows):
             rows = slice(start, start + self.slice_rows)
-            part, hot_part = logits[rows], heated[rows]
-            if not hot_is_one:
-                hot_part.mul_(hot[rows])
-            part.copy_(hot_part.addcmul_(self._float(part), plain[rows]))
+            source = logits[rows]
+            part = self._float(source)
+            if heated is None:
+                part.mul_((hot if self.has_heated_grad and hot is not None else plain)[rows])
+            else:
+                hot_part = heated[rows] if hot is None else heated[rows].mul_(hot[rows])
+                part = hot_part.addcmul_(part, plain[rows])
+            if part is not source:
+                source.copy_(part)
 
     def _float(self, part: Tensor) -> Tensor:
         """A slice of the logits in the dtype of the loss: itself, or a copy in a buffer that is reused."""
@@ -260,21 +268,25 @@ class DenseHead:
         tops, sums, heated_sums = [], [], []
         for start in range(0, logits.shape[0], self.slice_rows):
             rows = slice(start, start + self.slice_rows)
-            part = self._float(logits[rows])
+            source = logits[rows]
+            part = self._float(source)
             # Finite also where the slots are the whole vocabulary and nothing is left.
             top = part.amax(-1, keepdim=True).clamp_(min=-1e30)
             tops.append(top)
             part.sub_(top)
             hot = None
             if self.heats:
-                hot = heated[rows] if heated is not None else self._buffer("hot slice", self.slice_rows, self.dtype)[: len(part)]
+                hot = (
+                    heated[rows]
+                    if heated is not None
+                    else self._buffer("hot slice", self.slice_rows, self.dtype)[: len(part)]
+                )
                 torch.mul(part, 1 / temperature, out=hot).exp_()
                 heated_sums.append(hot.sum(-1, keepdim=True))
             sums.append(part.exp_().sum(-1, keepdim=True))
-            if wants_grad:
-                kept = hot if hot is not None and heated is None and self.has_heated_grad else part
-                if kept is not logits[rows] and (kept.data_ptr() != logits[rows].data_ptr()):
-                    logits[rows].copy_(kept)
+            kept = hot if hot is not None and heated is None and self.has_heated_grad else part
+            if wants_grad and kept is not source:
+                source.copy_(kept)
         top = torch.cat(tops)
         log_rest = torch.cat(sums).log() + top
         if not self.heats:

@@ -82,10 +82,6 @@ class TeacherStage:
             self._engine = spec.build()
             self._journal = Journal(folder)
         self._request = request
-        with refusal.reported(folder), storage.store_errors():
-            self._engine = spec.build()
-            self._journal = Journal(folder)
-        self._request = request
         self._wire = wire
 
     def __call__(self, block: pa.Table) -> pa.Table:
