@@ -72,10 +72,10 @@ def distill(argv: list[str]) -> int:
 
     run_dir = run_folder.run_dir(config)
     result = pipeline.distill(config)
-    print(summary.describe(result))
+    logger.info("%s", summary.describe(result))
     if samples := results.describe_samples(run_dir):
-        print(samples + "\n")
-    print(f"student: {run_dir / run_folder.FINAL}   figures: {run_dir / run_folder.SUMMARY}")
+        logger.info("%s\n", samples)
+    logger.info("student: %s   figures: %s", run_dir / run_folder.FINAL, run_dir / run_folder.SUMMARY)
     return EXIT_DONE
 
 

@@ -7,6 +7,7 @@ ever for the CPU that its repartition takes. Threads come from physical cores in
 import logging
 import os
 import secrets
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from ray_kd.errors import ConfigError, RetryableError
 
 logger = logging.getLogger(__name__)
 
+_PROBE_S = 10.0
 _REPARTITION_CPUS = 1.0  # Ray Data's repartition operator
 _READ_CPUS = 0.25  # one read task (data/stream.py)
 
@@ -68,7 +70,24 @@ def physical_cores() -> int:
 def address(config: RunConfig) -> str | None:
     """The cluster to join, or None for a new local Ray."""
     given = config.cluster.address or os.environ.get("RAY_ADDRESS")
-    return None if given in (None, "", "local") else given
+    if given in (None, "", "local"):
+        return None
+    if given.startswith("ray://"):
+        raise ConfigError(f"cluster.address is '{given}': allowed is auto or host:port, from a node of the cluster")
+    return given
+
+
+def _check_reachable(where: str) -> None:
+    """Ray itself would try for many minutes, and hear no signal meanwhile. Raises ConfigError."""
+    host, _, port = where.rpartition(":")
+    if not port.isdigit():
+        return  # auto, which Ray looks up on this machine
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_PROBE_S).close()
+    except OSError as error:
+        raise ConfigError(
+            f"cannot reach the Ray cluster at cluster.address (or RAY_ADDRESS) '{where}': {error.strerror or error}"
+        ) from error
 
 
 def check_local_gpus(config: RunConfig) -> None:
@@ -104,6 +123,8 @@ def connected(config: RunConfig, *, trains: bool = True) -> Iterator[None]:
     if where is None:  # nobody preempts this machine: one process less, 3 CPU seconds
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     logger.info("starting a local Ray" if where is None else f"joining the Ray cluster at {where}")
+    if where is not None:
+        _check_reachable(where)
     try:
         if where is None:
             ray.init(
@@ -132,7 +153,7 @@ def _quiet_console() -> None:
 
     for handler in logging.getLogger(ray.data.__name__).handlers:
         if isinstance(handler, logging.StreamHandler):
-            handler.setLevel(logging.ERROR)
+            handler.setLevel(logging.CRITICAL)  # what it says of an interrupt, too: errors reach us as exceptions
 
 
 def _wait_for_resources(demand: Demand, wait_s: float) -> None:

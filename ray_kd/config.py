@@ -177,7 +177,7 @@ class Train:
     threads_per_worker: int | None = None
     """CPU threads per worker. Default: physical cores shared out between teachers and workers."""
     deepspeed: dict[str, Any] = field(default_factory=dict)
-    """Entries put over DeepSpeed's generated configuration, for example {wall_clock_breakdown: true}."""
+    """Entries put over DeepSpeed's generated configuration, for example {wall_clock_breakdown: true}; not checked."""
     timeout_s: float = 1800.0
     """Longest wait for a collective operation, the next rows or the student's init before the attempt fails."""
 
@@ -240,6 +240,10 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
             # An option set on a plug-in that was given as a bare kind.
             if override.startswith(f"{key}.") and isinstance(kind := OmegaConf.select(merged, key), str):
                 OmegaConf.update(merged, key, {"kind": kind})
+            # One given whole replaces another with its options.
+            given = OmegaConf.select(parsed, key) if override.startswith(f"{key}=") else None
+            if isinstance(given, DictConfig) and "kind" in given:
+                OmegaConf.update(merged, key, None)
         merged = _merge(merged, parsed, where=f"override '{override}'")
     try:
         config = OmegaConf.to_object(merged)
@@ -268,7 +272,7 @@ def _make_absolute(config: RunConfig) -> None:
 
 
 def _absolute(path: str) -> str:
-    return path if "://" in path else str(Path(path).expanduser().absolute())
+    return path if re.match(r"\w{2,}:/", path) else str(Path(path).expanduser().absolute())
 
 
 def to_yaml(config: RunConfig) -> str:
@@ -323,7 +327,7 @@ def _merge(base: DictConfig, update: DictConfig, where: str) -> DictConfig:
         raise ConfigError(f"unknown key '{key}' in {where}{plugins.nearest(key, of_section or known)}") from error
     except OmegaConfBaseException as error:
         key = error.full_key or "value"
-        raise ConfigError(f"{key} in {where}: {str(error.msg or error).splitlines()[0]}") from error
+        raise ConfigError(f"{key} in {where}: {plugins.explain(error)}") from error
     except TypeError as error:  # what OmegaConf raises when a list is to replace a mapping
         raise ConfigError(f"{where}: {str(error).splitlines()[0]}") from error
     assert isinstance(merged, DictConfig)

@@ -29,7 +29,7 @@ from ray_kd.progress import Progress
 from ray_kd.teacher.engine import Request
 from ray_kd.teacher.stage import EngineSpec, TeacherStage
 from ray_kd.trainer.loop import CHECKPOINTS, METRICS, QUARANTINE, STOP_FLAG, TrainSpec, train
-from ray_kd.validate import validate
+from ray_kd.validate import check_settings, validate
 
 if TYPE_CHECKING:
     import ray.data
@@ -52,6 +52,7 @@ def distill(config: RunConfig) -> dict[str, Any]:
     """
     run_dir = run_folder.run_dir(config)
     run_folder.create(run_dir)
+    check_settings(config)  # before the next line calls a wrong value another run
     run_folder.check_identity(run_dir, config)
     if (finished := run_folder.finished_summary(run_dir)) is not None:
         if run_folder.has_moved(run_dir, config):
@@ -155,7 +156,13 @@ def _order(config: RunConfig, manifest: "Manifest") -> SlotOrder:
 def _warn(config: RunConfig, order: SlotOrder) -> None:
     """Say what has no effect, and what repeated epochs cost."""
     train_options = config.train
-    for key in ("warmup_steps", "checkpoint_every", "eval_every"):
+    if train_options.warmup_steps > order.num_steps:
+        logger.warning(
+            "train.warmup_steps=%d is longer than the run of %d steps: the learning rate ends at %.2g of %.2g",
+            train_options.warmup_steps, order.num_steps,
+            train_options.learning_rate * order.num_steps / train_options.warmup_steps, train_options.learning_rate,
+        )  # fmt: skip
+    for key in ("checkpoint_every", "eval_every"):
         value = getattr(train_options, key)
         if value > order.num_steps:
             logger.warning("train.%s=%d has no effect: the run has %d steps", key, value, order.num_steps)

@@ -49,6 +49,19 @@ def nearest(name: str, names: Iterable[str]) -> str:
     return f"; did you mean '{close[0]}'?" if close else ""
 
 
+_IN_WORDS = {
+    "is not a ListConfig": "allowed is a list, for example [a, b]",
+    "is not a subclass of": "allowed is a mapping, or its keys one by one (KEY.NAME=VALUE)",
+    "is not Optional": "a value is missing",
+}
+
+
+def explain(error: Exception) -> str:
+    """What OmegaConf says of a value, in one line and in the words of a user."""
+    line = str(getattr(error, "msg", None) or error).splitlines()[0]
+    return next((words for text, words in _IN_WORDS.items() if text in line), line)
+
+
 def load(group: str, kind: str, key: str | None = None) -> ModuleType:
     """Import the plug-in `kind` of `group`. Raises ConfigError naming the kinds on disk for an unknown one.
 
@@ -59,7 +72,7 @@ def load(group: str, kind: str, key: str | None = None) -> ModuleType:
         try:
             module = importlib.import_module(kind)
         except ImportError as error:
-            raise ConfigError(f"{key}: kind '{kind}' cannot be imported: {error}") from error
+            raise ConfigError(f"{key}: kind '{kind}' cannot be imported ({error}). {_available(group)}") from error
         if not hasattr(module, "Config"):
             raise ConfigError(f"{key}: kind '{kind}' is no plug-in: the module has no Config")
         return module
@@ -98,7 +111,7 @@ def options(group: str, value: str | Mapping[str, Any], key: str) -> tuple[Modul
     except MissingMandatoryValue as error:
         raise ConfigError(f"{key}.{error.full_key} is missing (kind '{kind}' needs it)") from error
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{key}.{error.full_key}: {str(error.msg).splitlines()[0]}") from error
+        raise ConfigError(f"{key}.{error.full_key}: {explain(error)}") from error
 
 
 def kind_of(value: str | Mapping[str, Any]) -> str:

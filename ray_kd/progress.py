@@ -27,8 +27,8 @@ class Progress:
         self._is_terminal = self._stream.isatty()
         self._flag = storage.Flag(metrics_path)
         self._offset = self._identity = self._last_step = 0
-        for _ in self._new_lines():  # what is there already is an earlier attempt's
-            pass
+        for line in self._new_lines():  # what is there already is an earlier attempt's
+            self._last_step = line["step"]
         self._first: tuple[int, float] | None = None
         self._newest: dict[str, Any] = {}
         self._shown: tuple[int, float] = (0, 0.0)
@@ -38,6 +38,10 @@ class Progress:
         """Read the new lines of the metrics and show the newest, when it is time to."""
         now = time.monotonic()
         for line in self._new_lines(at_once=is_last):
+            # After a restart the file is put in place anew, and begins with what was shown already.
+            if line["step"] <= self._last_step:
+                continue
+            self._last_step = line["step"]
             self._newest = line
             self._first = self._first or (line["step"], now)
             self._kl = line.get("eval/kl", line.get("eval/topk_bucket_kl", self._kl))
@@ -58,7 +62,7 @@ class Progress:
     def _new_lines(self, at_once: bool = False) -> Iterator[dict[str, Any]]:
         if not self._flag.is_set(at_once):
             return
-        if storage.is_remote(self._path):  # put whole each time, after a restart with fewer lines than before
+        if storage.is_remote(self._path):  # put whole each time
             yield from self._new_lines_of_store()
             return
         with self._path.open("rb") as file:
@@ -79,10 +83,7 @@ class Progress:
             if not storage.is_store_error(error):
                 raise
             return  # nobody's run should end because a progress line could not be shown
-        for metrics in map(json.loads, lines):
-            if metrics["step"] > self._last_step:
-                self._last_step = metrics["step"]
-                yield metrics
+        yield from map(json.loads, lines)
 
     def _text(self, now: float) -> str:
         step = self._newest["step"]

@@ -80,6 +80,8 @@ def evaluate(config: RunConfig, *, model: str | None = None, max_rows: int | Non
     run_dir = run_folder.run_dir(config)
     if model is not None:
         models.check_model(model, None, "student")
+    if config.data.eval_source is None and not config.data.eval_fraction:
+        raise ConfigError(f"run '{run_dir}' was made without held-out rows: only a run in a new run.dir can have them")
     fingerprint = run_folder.content_of(run_dir)["prepared data"]
     prepared = PreparedData(run_folder.prepared_dir(config) / fingerprint[:16])
     if prepared.manifest.eval_rows == 0:

@@ -51,6 +51,8 @@ def path(location: str | Path, key: str = "path") -> Path:
     if isinstance(location, UPath):
         return cast(Path, location)
     text = str(location).removeprefix("file://")
+    if slip := re.match(rf"({'|'.join(SCHEMES)}):/?(?!/)", text):
+        raise ConfigError(f"{key} is '{text}': did you mean '{slip[1]}://{text[slip.end() :]}'?")
     if "://" not in text:
         return Path(text).expanduser().absolute()
     scheme = text.split("://")[0]
@@ -86,6 +88,10 @@ def store_errors() -> Iterator[None]:
         if not is_store_error(error):
             raise
         line = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, PermissionError) or "Credential" in type(error).__name__:
+            raise ConfigError(
+                f"the object store let nobody in ({line[:200]}): set its credentials, on every node"
+            ) from error
         raise RetryableError(f"the object store failed ({type(error).__name__}: {line[:200]})") from error
 
 

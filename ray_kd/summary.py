@@ -106,9 +106,13 @@ def describe_eval(columns: Mapping[str, Mapping[str, Any]]) -> str:
     for name, label in _LABELS.items():
         values = [metrics.get(name) for metrics in columns.values()]
         if any(value is not None for value in values):
-            cells = ["" if value is None else f"{value:,.3f}" for value in values]
+            cells = ["" if value is None else _short(value) for value in values]
             rows.append(f"{label:<38}" + "".join(f"{cell:>12}" for cell in cells))
     return "\n".join(rows)
+
+
+def _short(value: float) -> str:
+    return f"{value:,.3f}" if value < 1e6 else f"{value:.3g}"
 
 
 def evaluation(run_dir: Path) -> dict[str, Any] | None:

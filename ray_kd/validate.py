@@ -52,11 +52,16 @@ class Models:
     student: "PreTrainedConfig | None"  # None when the student is made from the teacher
 
 
+def check_settings(config: RunConfig) -> None:
+    """What the config alone shows to be wrong: values, and which of them go together."""
+    _check_values(config)
+    _check_combinations(config)
+
+
 def validate(config: RunConfig) -> Models:
     """Check the whole config: values, plug-ins, combinations, GPUs, models and vocabularies, in order of cost."""
     check_data(config)
-    _check_values(config)
-    _check_combinations(config)
+    check_settings(config)
     _warn_without_effect(config)
     cluster.check_local_gpus(config)
     return _check_models(config)
@@ -67,7 +72,10 @@ def check_data(config: RunConfig) -> None:
     for key, value in (("data.source", config.data.source), ("data.eval_source", config.data.eval_source)):
         if value is not None:
             module, options = plugins.options("data.sources", value, key)
-            module.Source(options)
+            try:
+                module.Source(options)
+            except ConfigError as error:
+                raise ConfigError(f"{key}: {error}") from error
     module, options = plugins.options("data.formats", config.data.format, "data.format")
     module.Format(options)
     storage.path(config.data.prepared_dir or "", "data.prepared_dir")

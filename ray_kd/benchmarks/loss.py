@@ -6,6 +6,7 @@ N tokens, H width, V vocabulary, K teacher tokens.
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -103,7 +104,7 @@ class Floor:
 
 def ours(setting: Setting, batch: Batch, chunk_size: int | None = None) -> Tensor:
     """The loss of this project."""
-    more = {} if chunk_size is None else {"chunk_size": chunk_size}
+    more: dict[str, Any] = {} if chunk_size is None else {"chunk_size": chunk_size}
     return fused_linear_kd_loss(
         batch.hidden, batch.weight, batch.teacher_ids, batch.teacher_logprobs, batch.labels,
         tail=setting.tail, temperature=setting.temperature, ce_weight=setting.ce_weight, **more,

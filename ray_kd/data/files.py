@@ -39,6 +39,8 @@ def expand(paths: Iterable[str]) -> list[str]:
     """
     files: list[str] = []
     for path in paths:
+        if "://" in path:
+            raise ConfigError(f"data path '{path}' is a URI: allowed is a path that every node sees")
         whole = str(Path(path).expanduser().absolute())
         if Path(whole).is_file():
             files.append(whole)
@@ -47,7 +49,7 @@ def expand(paths: Iterable[str]) -> list[str]:
         found = sorted(name for name in glob.glob(pattern, recursive=True) if _is_data(name))
         if not found:
             kind = "folder holds no files" if Path(whole).is_dir() else "does not exist"
-            raise ConfigError(f"data path '{path}' {kind} (looked at '{whole}')")
+            raise ConfigError(f"data path '{path}' {kind}" + (f" (looked at '{whole}')" if whole != path else ""))
         files.extend(found)
     if not files:
         raise ConfigError("data paths are empty: name at least one file")

@@ -172,6 +172,9 @@ REFUSED = {
     "engine null": (["teacher.engine=null"], ["teacher.engine is None", "hf"]),
     "run.dir below a file": (["run.dir={w}/file/run"], ["run.dir '{w}/file/run' cannot be written"]),
     "run.dir a file": (["run.dir={w}/file"], ["run.dir '{w}/file' cannot be written"]),
+    "data path a URI": (["data.source.paths=[s3://b/x.jsonl]"], ["data.source: data path 's3://b/x.jsonl' is a URI"]),
+    "run.dir one slash short": (["run.dir=s3:/bucket/run"], ["did you mean 's3://bucket/run'"]),
+    "cluster by Ray Client": (["cluster.address=ray://a:10001"], ["cluster.address is 'ray://a:10001'", "host:port"]),
     "run.dir of no store": (["run.dir=nowhere://run"], ["run.dir is 'nowhere://run'", "URI of s3://"]),
     "run.dir of a missing package": (["run.dir=gs://bucket/run"], ["run.dir is 'gs://bucket/run'", "package", "gcsfs"]),
     # More than any machine has, so that the test means the same on one with GPUs.
@@ -345,6 +348,14 @@ def test_data_and_models_may_move(in_process, started, workplace, tmp_path):
     shutil.copy(workplace / "train.jsonl", tmp_path / "moved.jsonl")
     moved = [f"teacher.model={tmp_path}/teacher", f"student.model={tmp_path}/student"]
     assert in_process(*moved, f"data.source.paths=[{tmp_path}/moved.jsonl]") == (0, [])
+
+
+def test_a_cluster_that_is_not_there_is_named_at_once(refused):
+    refused("cluster.address=127.0.0.1:9", says=["cannot reach the Ray cluster at cluster.address", "'127.0.0.1:9'"])
+
+
+def test_a_wrong_value_is_not_called_another_run(refused, started):
+    refused("train.learning_rate=0", says=["train.learning_rate is 0.0", "a positive number"])
 
 
 def test_a_second_driver_is_refused(refused, started):

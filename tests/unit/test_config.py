@@ -36,6 +36,19 @@ def test_overrides_win_over_yaml_and_keep_their_types(minimal):
     assert config.load(minimal, ["student.init=null", "student.model=m"]).student.init is None
 
 
+def test_a_plug_in_given_whole_replaces_another_with_its_options(minimal):
+    jsonl = "data.source={kind: jsonl, paths: [a]}"
+    assert config.load(minimal, [jsonl, "data.source={kind: huggingface, path: x/y}"]).data.source == {
+        "kind": "huggingface", "path": "x/y",
+    }  # fmt: skip
+    kept = config.load(minimal, [jsonl, "data.source.kind=parquet"]).data.source
+    assert kept["kind"] == "parquet"
+    assert len(kept["paths"]) == 1
+    assert config.load(minimal, ["data.source={kind: jsonl, paths: one.jsonl}"]).data.source["paths"] == [
+        str(Path("one.jsonl").absolute())
+    ]
+
+
 def test_an_option_can_be_set_on_a_bare_kind(minimal):
     loaded = config.load(minimal, ["loss.divergence=jsd", "loss.divergence.beta=0.3"])
     assert loaded.loss.divergence == {"kind": "jsd", "beta": 0.3}
@@ -49,7 +62,9 @@ def test_an_option_can_be_set_on_a_bare_kind(minimal):
         ("trian.epochs=1", "unknown key 'trian'.*did you mean 'train'"),
         ("student.init.layer=3", "unknown key 'student.init.layer'.*'student.init.layers'"),
         ("train.max_steps=abc", "train.max_steps.*'abc'.*Integer"),
-        ("train=3", "Train"),
+        ("train=3", "train.*allowed is a mapping, or its keys one by one"),
+        ("student.init=15", "student.init.*allowed is a mapping, or its keys one by one"),
+        ("eval.prompts=hello", "eval.prompts.*allowed is a list, for example"),
         ("train.max_steps", "not key=value"),
         ("a=[", "cannot be read"),
     ],

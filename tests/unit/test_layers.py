@@ -13,7 +13,7 @@ LAYERS = (
     {"errors", "plugins", "config", "schema", "payloads", "storage"},
     {"losses", "models", "checkpoint", "metrics", "locks", "refusal"},
     {"data", "teacher", "trainer", "eval", "export"},
-    {"cluster", "run_folder", "launch", "progress", "heldout", "summary", "results", "validate"},
+    {"benchmarks", "cluster", "run_folder", "launch", "progress", "heldout", "summary", "results", "validate"},
     {"pipeline"},
     {"cli"},
     {"__main__", "jobs"},

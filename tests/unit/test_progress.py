@@ -31,6 +31,23 @@ def test_lines_past_the_checkpoint_are_cut_on_resume(tmp_path):
     assert [m["step"] for m in read_metrics(path)] == [1, 2, 3, 4]
 
 
+def test_a_resumed_run_shows_its_own_steps_only(tmp_path):
+    path, out = tmp_path / "metrics.jsonl", Terminal()
+    logger = MetricLogger(path, last_step=0)
+    for step in (1, 2, 3):
+        logger.log(line(step))
+    logger.close()
+    progress = Progress(path, num_steps=10, stream=out)
+    resumed = MetricLogger(path, last_step=2)  # in place anew, cut to the checkpoint
+    progress.update()
+    resumed.log(line(3))
+    progress.update()
+    assert out.getvalue() == ""
+    resumed.log(line(4))
+    progress.update()
+    assert "step 4/10" in out.getvalue()
+
+
 def test_not_a_number_becomes_null(tmp_path):
     path = tmp_path / "metrics.jsonl"
     MetricLogger(path, last_step=0).log({"step": 1, "a": math.nan, "b": math.inf})

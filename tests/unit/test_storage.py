@@ -45,6 +45,8 @@ def test_a_location_is_a_path_or_a_uri(object_store, tmp_path, monkeypatch):
         ("nowhere://a/b", "run.dir is 'nowhere://a/b': allowed is a path, or a URI of s3://, gs://"),
         ("memory://a/b", "allowed is a path"),
         ("gs://a/b", "gs:// needs another package .*gcsfs"),
+        ("s3:/bucket/a", "did you mean 's3://bucket/a'"),
+        ("s3:bucket/a", "did you mean 's3://bucket/a'"),
         ("s3://bucket", "is 's3://bucket', a whole store: allowed is the URI of a folder"),
         ("s3://key:word@bucket/a", "run.dir is a s3:// URI with a password: credentials come from the environment"),
     ],
@@ -158,6 +160,16 @@ def test_what_only_looks_goes_on_without_the_store(unreachable, caplog):
     assert not storage.Flag(unreachable / ".stop").is_set()
     assert "could not be looked at" in caplog.text
     Progress(unreachable / "metrics.jsonl", num_steps=3).update(is_last=True)
+
+
+def test_a_store_without_credentials_is_the_users_matter(monkeypatch, tmp_path):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    nobody = UPath("s3://runs/nobody", endpoint_url="http://127.0.0.1:9", use_listings_cache=False)
+    with pytest.raises(ConfigError, match=r"let nobody in .*set its credentials"), storage.store_errors():
+        storage.read_text(nobody / "a")
 
 
 def test_other_errors_are_not_the_stores():

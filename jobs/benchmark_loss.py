@@ -1,0 +1,86 @@
+"""The loss against its own floor: time, memory and gradient error, beside other ways to compute the same thing.
+
+    jobs/benchmark_loss.py [--shapes 1024x576x49152 ...] [--dtypes float32 bfloat16] [--threads 1] [--out FILE]
+
+time / floor     forward and backward over the products alone (logits, d hidden, d weight; two with --frozen-head). All
+                 take turns, and the ratio is the median over the rounds of the ratio within a round (with quartiles).
+memory           (inputs + peak above them) / (inputs + gradients), of resident memory, in a process of its own.
+error            largest error of d hidden and d weight over the largest entry, against float64 (small shapes only).
+
+Liger's loss compares whole distributions: its time has the teacher's product too, its gradient is another one's.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from ray_kd.benchmarks.loss import CANDIDATES, Floor, Setting, draw, gradient_errors, peak_over_inputs, step
+from ray_kd.benchmarks.timing import in_turns
+from ray_kd.cli import Parser
+
+SHAPES = ["1024x576x49152", "512x1024x151936", "1024x2048x32000"]
+
+
+def main() -> int:
+    parser = Parser("benchmark_loss", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="NxHxV", help="tokens, width, vocabulary")
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=("float32", "bfloat16"))
+    parser.add_argument("--temperatures", nargs="+", type=float, default=[1.0, 2.0])
+    parser.add_argument("--tail", default="bucket", choices=("bucket", "renormalize", "drop"))
+    parser.add_argument("--ce-weight", type=float, default=0.5)
+    parser.add_argument("--candidates", nargs="+", default=list(CANDIDATES), choices=list(CANDIDATES), metavar="NAME")
+    parser.add_argument("--frozen-head", action="store_true", help="no gradient of the head: a floor of two products")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
+    parser.add_argument("--peak", nargs=2, metavar=("CANDIDATE", "SETTING"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    import torch
+
+    torch.set_num_threads(options.threads)
+    if options.peak:
+        print(json.dumps(peak_over_inputs(Setting(**json.loads(options.peak[1])), options.peak[0])))
+        return 0
+    print(f"{'tokens x width x vocabulary':<28}{'dtype':<10}{'T':>4}  {'candidate':<22}{'s':>8}{'/ floor':>9}"
+          f"{'quartiles':>16}{'memory':>8}{'error':>9}")  # fmt: skip
+    rows: list[dict[str, Any]] = []
+    for shape in options.shapes:
+        try:
+            num_tokens, width, vocab_size = map(int, shape.split("x"))
+        except ValueError:
+            parser.error(f"argument --shapes: '{shape}' is not tokens x width x vocabulary, such as {SHAPES[0]}")
+        for dtype in options.dtypes:
+            for temperature in options.temperatures:
+                setting = Setting(num_tokens, width, vocab_size, dtype, temperature=temperature, tail=options.tail,
+                                  ce_weight=options.ce_weight, is_head_frozen=options.frozen_head)  # fmt: skip
+                rows += measure(setting, options.candidates, options.rounds)
+    if options.out is not None:
+        options.out.write_text(json.dumps(rows, indent=1) + "\n")
+    return 0
+
+
+def measure(setting: Setting, names: list[str], rounds: int) -> list[dict[str, Any]]:
+    """One printed row a candidate."""
+    batch = draw(setting)
+    calls = {name: step(setting, batch, CANDIDATES[name]) for name in names}
+    timings = in_turns(Floor(setting, batch, chunk_size=256), calls, rounds)
+    small = replace(setting, num_tokens=96, vocab_size=4096)
+    rows = []
+    for name in names:
+        command = [sys.executable, __file__, "--peak", name, json.dumps(asdict(setting))]
+        inputs, grads, peak = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        error = None if "dense" in name else max(gradient_errors(small, name).values())
+        t, memory = timings[name], (inputs + peak) / (inputs + grads)
+        print(f"{setting.name:<28}{setting.dtype:<10}{setting.temperature:>4g}  {name:<22}{t.median_s:>8.3f}"
+              f"{t.ratio:>9.3f}{f'{t.low:.3f}-{t.high:.3f}':>16}{memory:>8.2f}"
+              + ("" if error is None else f"{error:>9.1e}"), flush=True)  # fmt: skip
+        rows.append(asdict(setting) | asdict(t) | {"candidate": name, "memory": memory, "error": error})
+    return rows
+
+
+if __name__ == "__main__":
+    sys.exit(main())
