@@ -9,11 +9,15 @@ On CPU that number never touches the logits: it multiplies the rows of the produ
 (`hidden` for d weight, d hidden itself), so a slice of the logits is read, exponentiated and written while it is in
 the L2 cache, in one pass.
 
+On CUDA the same is done by two Triton kernels (`triton_rows.py`, not run on a GPU by this project's tests), or in a few
+more passes by torch where Triton cannot run.
+
 C rows of a chunk, R rows of a slice of it, K teacher tokens, V vocab, H width. z = logits, T = temperature, u = z / T.
 """
 
 import math
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -84,6 +88,17 @@ class _Slots:
         logits.view(-1).index_put_((self.places,), grads.to(logits.dtype).flatten())
 
 
+def _kernels(weight: Tensor) -> ModuleType | None:
+    """The Triton kernels where they can run; torch's own operations do the same in more passes."""
+    if not weight.is_cuda:
+        return None
+    try:
+        from ray_kd.losses import triton_rows
+    except ImportError:
+        return None
+    return triton_rows if triton_rows.is_usable(weight) else None
+
+
 class DenseHead:
     """The head and the reused buffers of one call. Calling it takes a chunk, adds to the head's gradients.
 
@@ -107,7 +122,8 @@ class DenseHead:
         self.slice_rows = max(1, (_CPU_SLICE if on_cpu else _DEVICE_SLICE) // vocab_size)
         # Rows finished together: all of a chunk, unless both exponentials have to be kept.
         self.block_rows: int | None = None
-        if self.keeps_both:
+        self.kernels = _kernels(weight)
+        if self.keeps_both and self.kernels is None:
             self.block_rows = max(1, _CPU_BLOCK // vocab_size) if on_cpu else self.slice_rows
         self.buffers: dict[str, Tensor] = {}
         self.is_first = True
@@ -164,8 +180,13 @@ class DenseHead:
         objective = self.objective
         temperature, tail = objective.temperature, objective.tail
         slots = _Slots.taken_from(logits, targets, self.dtype)
-        heated = self._buffer("heated", logits.shape[0], self.dtype) if wants_grad and self.keeps_both else None
-        top, log_rest, log_rest_heated = self._exponentials(logits, heated, wants_grad)
+        heated = None
+        if self.kernels is not None:
+            top, log_rest, log_rest_heated = self.kernels.row_stats(logits, temperature, self.heats)
+        else:
+            if wants_grad and self.keeps_both:
+                heated = self._buffer("heated", logits.shape[0], self.dtype)
+            top, log_rest, log_rest_heated = self._exponentials(logits, heated, wants_grad)
 
         # Cross-entropy, at temperature 1.
         z_slots = torch.cat([slots.z_ids, torch.where(slots.label_is_apart, slots.z_label, -math.inf)], -1)
@@ -210,7 +231,10 @@ class DenseHead:
             factor = self._weigh_rows(logits, heated, plain, hot, largest_slot)
             slots.put(logits, grad_ids / factor, grad_label / factor)
             return sums, factor
-        self._weigh(logits, heated, plain, hot)
+        if self.kernels is not None:
+            self.kernels.weigh_(logits, top, plain, hot, temperature, self.heats)
+        else:
+            self._weigh(logits, heated, plain, hot)
         slots.put(logits, grad_ids, grad_label)
         return sums, None
 
