@@ -17,8 +17,8 @@ from ray_kd.teacher.topk import topk_logprobs
 class Config:
     """Options of `teacher.engine: {kind: hf}`."""
 
-    chunk_size: int = 256
-    """Target tokens per head product; [chunk_size, vocabulary] logits exist at a time."""
+    chunk_size: int = 512
+    """Target tokens per head product, which is made in tiles of the vocabulary of 16 MB."""
 
 
 class Engine:
