@@ -1,10 +1,12 @@
 """The teacher's K likeliest tokens at each target position, with their full-vocabulary log-probabilities.
 
-Wire, little-endian: a header of 26 bytes a row, then per token 2K bytes of ids (their low 16 bits), K/8 bytes for each
+Or, drawn from it: K draws, each token's share of them (`num_draws`, see `teacher/draws.py`).
+
+Wire, little-endian: a header of 30 bytes a row, then per token 2K bytes of ids (their low 16 bits), K/8 bytes for each
 bit a vocabulary needs beyond 16, and 2K bytes of log-probabilities (fp16): 272 bytes a token at K = 64 and 18-bit ids.
 fp16 costs about 5e-4 relative in a log-probability, 1e-4 in the mass of a row.
 
-    magic 4s | version u16 | M u32 | K u32 | temperature f64 | vocab_size u32
+    magic 4s | version u16 | M u32 | K u32 | temperature f64 | vocab_size u32 | num_draws u32
     ids & 0xffff   u16 [M, K]
     bit 16, bit 17, ... of the ids, each packed into ceil(M K / 8) bytes
     logprobs       f16 [M, K]
@@ -19,8 +21,10 @@ import numpy as np
 from ray_kd.errors import DataError
 
 MAGIC = b"RKTK"
-VERSION = 1
-_HEADER = struct.Struct("<4sHIIdI")
+VERSION = 2
+_HEADER = struct.Struct("<4sHIIdII")
+MAX_DRAWS = 2048
+"""Up to here fp16 keeps the share of a token close enough to read its count back."""
 _LOW_BITS = 16
 _FP16_INFINITY = 0x7C00
 _FP16_MINUS_INFINITY = 0xFC00
@@ -38,6 +42,9 @@ class TopKLogprobs:
     """The temperature the log-probabilities were taken at."""
     vocab_size: int
     """Of the teacher: every id is below it."""
+    num_draws: int = 0
+    """0: these are the likeliest tokens. Else the log-probabilities are estimates, log(count / num_draws), which sum to
+    one: right for forward KL with tail drop, for nothing else."""
 
     def __post_init__(self) -> None:
         if self.ids.ndim != 2 or self.ids.shape != self.logprobs.shape:
@@ -46,6 +53,8 @@ class TopKLogprobs:
             raise DataError(f"temperature {self.temperature} is not a positive number")
         if not 1 <= self.vocab_size <= 2**31 or self.ids.shape[1] > self.vocab_size:
             raise DataError(f"K = {self.ids.shape[1]} and vocab_size {self.vocab_size} need K <= vocab_size <= 2^31")
+        if not 0 <= self.num_draws <= MAX_DRAWS:
+            raise DataError(f"num_draws {self.num_draws} is not 0 to {MAX_DRAWS}")
 
     def encode(self) -> bytes:
         """The wire form. A log-probability under -65504 has no fp16 and leaves as an empty slot.
@@ -64,7 +73,7 @@ class TopKLogprobs:
             logprobs = np.where(is_empty, np.float16(-np.inf), logprobs)
         _check_ids(ids, self.vocab_size)
         num_tokens, top_k = ids.shape
-        header = _HEADER.pack(MAGIC, VERSION, num_tokens, top_k, self.temperature, self.vocab_size)
+        header = _HEADER.pack(MAGIC, VERSION, num_tokens, top_k, self.temperature, self.vocab_size, self.num_draws)
         planes = [np.packbits((ids & (1 << bit)).astype(bool)).data for bit in _high_bits(self.vocab_size)]
         return b"".join([header, ids.astype("<u2").data, *planes, logprobs.data])
 
@@ -72,12 +81,14 @@ class TopKLogprobs:
     def decode(cls, blob: bytes) -> "TopKLogprobs":
         """ids as int32 with -1 at empty slots, log-probabilities as float32 with -inf there.
 
+        Those of draws are the exact log(count / num_draws): fp16 would bias the estimate.
+
         Raises ValueError for another magic or version, a size that does not add up, ids outside the vocabulary, and
         log-probabilities that are NaN or +inf.
         """
         if len(blob) < _HEADER.size:
             raise DataError(f"top-k payload of {len(blob)} bytes is shorter than its header of {_HEADER.size}")
-        magic, version, num_tokens, top_k, temperature, vocab_size = _HEADER.unpack_from(blob)
+        magic, version, num_tokens, top_k, temperature, vocab_size, num_draws = _HEADER.unpack_from(blob)
         if magic != MAGIC:
             raise DataError(f"not a top-k payload: magic {magic!r}, expected {MAGIC!r}")
         if version != VERSION:
@@ -102,7 +113,10 @@ class TopKLogprobs:
         if is_empty.any():
             ids[is_empty] = -1
         logprobs = wire_logprobs.astype(np.float32)
-        return cls(ids.reshape(shape), logprobs.reshape(shape), temperature, vocab_size)
+        if 0 < num_draws <= MAX_DRAWS:
+            with np.errstate(divide="ignore"):
+                logprobs = np.log(np.rint(np.exp(logprobs) * num_draws) / np.float32(num_draws))
+        return cls(ids.reshape(shape), logprobs.reshape(shape), temperature, vocab_size, num_draws)
 
 
 def nbytes_per_token(k: int, vocab_size: int) -> int:
