@@ -285,7 +285,12 @@ def _fit(
         order=order,
         block_rows=block_rows,
         engine=EngineSpec.of(config.teacher, threads.teacher),
-        request=Request(top_k=config.teacher.top_k, temperature=config.loss.temperature),
+        request=Request(
+            top_k=config.teacher.top_k,
+            temperature=config.loss.temperature,
+            selection=config.teacher.selection,
+            seed=config.run.seed,
+        ),
         pool=pool,
     )
     held_out = results.held_out(config, prepared.folder, threads.worker, on_gpu=options.gpus_per_worker > 0)

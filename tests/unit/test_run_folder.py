@@ -49,6 +49,7 @@ IDENTITY = [
     "teacher.revision=v2",
     "teacher.engine=fake",
     "teacher.top_k=8",
+    "teacher.selection=sample",
     "teacher.dtype=bfloat16",
     "student.revision=v2",
     "student.init={layers: 2}",
