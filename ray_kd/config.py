@@ -25,7 +25,7 @@ class Run:
     dir: str = MISSING
     """Where everything of the run goes; the same dir resumes it. On storage that all nodes share."""
     seed: int = 0
-    """Seeds the order of rows, the eval split and dropout."""
+    """Seeds the order of rows, the eval split, dropout and the draws of `teacher.selection: sample`."""
 
 
 @dataclass
@@ -80,6 +80,8 @@ class Teacher:
     """What computes the teacher's answers: {kind: hf}."""
     top_k: int = 64
     """Log-probabilities kept per target token, the most likely first; vocabulary size = everything."""
+    selection: str = "topk"
+    """topk: the most likely tokens | sample: top_k draws from the teacher, unbiased (forward_kl with tail drop)."""
     batch_size: int = 4
     """Rows per teacher forward; caps the engine's sub-batches, does not change any result."""
     dtype: str = "auto"

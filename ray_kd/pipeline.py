@@ -307,7 +307,12 @@ def _fit(
         order=order,
         block_rows=block_rows,
         engine=EngineSpec.of(config.teacher, threads.teacher),
-        request=Request(top_k=config.teacher.top_k, temperature=config.loss.temperature),
+        request=Request(
+            top_k=config.teacher.top_k,
+            temperature=config.loss.temperature,
+            selection=config.teacher.selection,
+            seed=config.run.seed,
+        ),
         wire=config.teacher.wire,
         pool=pool,
     )

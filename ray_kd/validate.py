@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ray_kd import cluster, plugins, storage
 from ray_kd.config import RunConfig
 from ray_kd.errors import ConfigError
-from ray_kd.payloads.topk_logprobs import WIRES
+from ray_kd.payloads.topk_logprobs import MAX_DRAWS, WIRES
 from ray_kd.trainer.schedule import SCHEDULES
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 _CHOICES = {
     "teacher.cache.mode": ("disabled",),
+    "teacher.selection": ("topk", "sample"),
     "student.dtype": ("float32", "bfloat16", "float16"),
     "student.liger": ("auto", "never"),
     "teacher.dtype": ("auto", "float32", "bfloat16", "float16"),
@@ -116,6 +117,14 @@ def _check_combinations(config: RunConfig) -> None:
 
     loss = config.loss
     make_objective(loss.divergence, loss.tail, loss.temperature, loss.kd_weight, loss.ce_weight)
+    if config.teacher.selection == "sample":
+        kind = plugins.kind_of(loss.divergence)
+        if (kind, loss.tail) != ("forward_kl", "drop"):
+            raise ConfigError(
+                f"teacher.selection is 'sample' with loss.divergence={kind} and loss.tail={loss.tail}: "
+                "allowed is forward_kl with drop, the only gradient that draws leave unbiased"
+            )
+        _require(config.teacher.top_k <= MAX_DRAWS, "teacher.top_k", config.teacher.top_k, f"1 to {MAX_DRAWS} draws")
     if loss.kd_weight == 0 and loss.ce_weight == 0:
         raise ConfigError("loss.kd_weight and loss.ce_weight are both 0: nothing would be trained")
 
@@ -141,6 +150,11 @@ def _check_models(config: RunConfig) -> Models:
     engine, _ = plugins.options("teacher.engines", teacher_key.engine, "teacher.engine")
     if "topk_logprobs" not in engine.Engine.provides:
         raise ConfigError(f"teacher.engine '{plugins.kind_of(teacher_key.engine)}' does not provide topk_logprobs")
+    if teacher_key.selection not in engine.Engine.selections:
+        raise ConfigError(
+            f"teacher.selection is '{teacher_key.selection}': allowed with teacher.engine "
+            f"'{plugins.kind_of(teacher_key.engine)}' is {' | '.join(sorted(engine.Engine.selections))}"
+        )
     teacher = models.check_model(teacher_key.model, teacher_key.revision, "teacher")
     student = None
     if config.student.model is not None:

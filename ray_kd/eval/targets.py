@@ -117,6 +117,8 @@ class TopKTargets:
         other = sorted({payload.temperature for payload in payloads if payload is not None} - {1.0})
         if other:
             raise ValueError(f"evaluation needs payloads at temperature 1, not {other[0]}")
+        if any(payload is not None and payload.num_draws for payload in payloads):
+            raise ValueError("evaluation needs the likeliest tokens, not draws: their mass is an estimate")
         self._payloads = payloads
 
     def is_usable(self, row: int) -> bool:

@@ -83,7 +83,10 @@ class Head:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [N, D] -> logits [N, V] float32; the product runs in the weight's dtype, as in the model itself."""
-        logits = functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias).float()
+        return self.transform_(functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias).float())
+
+    def transform_(self, logits: Tensor) -> Tensor:
+        """What the head does after the product, element by element and in place; it keeps their order."""
         if self.scale != 1.0:
             logits.mul_(self.scale)
         if self.softcap is not None:

@@ -1,6 +1,6 @@
-"""What every top-k encoding begins with: a header of 30 bytes a row with a checksum of all the rest.
+"""What every top-k encoding begins with: a header of 32 bytes a row with a checksum of all the rest.
 
-    magic 4s | version u16 | M u32 | K u32 | temperature f64 | vocab_size u32 | crc32 u32
+    magic 4s | version u16 | M u32 | K u32 | temperature f64 | vocab_size u32 | num_draws u16 | crc32 u32
 
 The CRC-32 is over the header before it and the body: any change within 32 neighbouring bits is found for certain,
 another one with a chance of 1 - 2^-32. It costs 0.08 us a token of 272 bytes on each side.
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from ray_kd.errors import DataError
 
-_FIELDS = struct.Struct("<4sHIIdI")
+_FIELDS = struct.Struct("<4sHIIdIH")
 _CRC = struct.Struct("<I")
 NBYTES = _FIELDS.size + _CRC.size
 
@@ -27,6 +27,7 @@ class Frame(NamedTuple):
     top_k: int
     temperature: float
     vocab_size: int
+    num_draws: int
 
 
 def seal(frame: Frame, parts: Sequence[Any]) -> bytes:

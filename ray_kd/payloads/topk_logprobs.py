@@ -1,8 +1,10 @@
 """The teacher's K likeliest tokens at each target position, with their full-vocabulary log-probabilities.
 
+Or, drawn from it: K draws, each token's share of them (`num_draws`, see `teacher/draws.py`).
+
 Two encodings of the same payload, each with a version and a checksum (`_frame.py`); `decode` knows both.
 
-plain     little-endian: a header of 30 bytes a row, then per token 2K bytes of ids (their low 16 bits), K/8 bytes for
+plain     little-endian: a header of 32 bytes a row, then per token 2K bytes of ids (their low 16 bits), K/8 bytes for
           each bit a vocabulary needs beyond 16, and 2K bytes of log-probabilities (fp16): 272 bytes a token at K = 64
           and 18-bit ids. fp16 costs about 5e-4 relative in a log-probability, 1e-4 in the mass of a row.
 compact   never larger; about 140 bytes a token at K = 64 and a vocabulary of 49152, for five times the work
@@ -28,6 +30,8 @@ from ray_kd.payloads._frame import Frame, seal, unseal
 WIRES = ("plain", "compact")
 _PLAIN, _COMPACT = b"RKTK", b"RKTC"
 _VERSIONS = {_PLAIN: 2, _COMPACT: 1}
+MAX_DRAWS = 2048
+"""Up to here fp16 keeps the share of a token close enough to read its count back."""
 _LOW_BITS = 16
 _FP16_INFINITY = 0x7C00
 _FP16_MINUS_INFINITY = 0xFC00
@@ -45,6 +49,9 @@ class TopKLogprobs:
     """The temperature the log-probabilities were taken at."""
     vocab_size: int
     """Of the teacher: every id is below it."""
+    num_draws: int = 0
+    """0: these are the likeliest tokens. Else the log-probabilities are estimates, log(count / num_draws), which sum to
+    one: right for forward KL with tail drop, for nothing else."""
 
     def __post_init__(self) -> None:
         if self.ids.ndim != 2 or self.ids.shape != self.logprobs.shape:
@@ -53,9 +60,11 @@ class TopKLogprobs:
             raise DataError(f"temperature {self.temperature} is not a positive number")
         if not 1 <= self.vocab_size <= 2**31 or self.ids.shape[1] > self.vocab_size:
             raise DataError(f"K = {self.ids.shape[1]} and vocab_size {self.vocab_size} need K <= vocab_size <= 2^31")
+        if not 0 <= self.num_draws <= MAX_DRAWS:
+            raise DataError(f"num_draws {self.num_draws} is not 0 to {MAX_DRAWS}")
 
     def encode(self, wire: str = "plain") -> bytes:
-        """The wire form; compact: the smaller of the two, which for a few tokens is plain.
+        """The wire form; compact: the smaller of the two, which for a few tokens is plain. Draws are always plain.
 
         A log-probability under -65504 has no fp16 and leaves as an empty slot. Raises DataError for ids outside the
         vocabulary and for log-probabilities that are NaN or +inf.
@@ -64,18 +73,22 @@ class TopKLogprobs:
         num_tokens, top_k = ids.shape
         if wire not in WIRES:
             raise ValueError(f"wire is {wire!r}; allowed: {', '.join(WIRES)}")
-        if wire == "compact" and ids.size:
-            frame = Frame(_COMPACT, _VERSIONS[_COMPACT], num_tokens, top_k, self.temperature, self.vocab_size)
+        shape = (num_tokens, top_k, self.temperature, self.vocab_size, self.num_draws)
+        # The grid of compact is too coarse to read a count back.
+        if wire == "compact" and ids.size and not self.num_draws:
+            frame = Frame(_COMPACT, _VERSIONS[_COMPACT], *shape)
             blob = seal(frame, _compact.encode(ids, logprobs, self.vocab_size))
             if len(blob) < HEADER_NBYTES + _body_nbytes(ids.size, self.vocab_size):
                 return blob
-        frame = Frame(_PLAIN, _VERSIONS[_PLAIN], num_tokens, top_k, self.temperature, self.vocab_size)
+        frame = Frame(_PLAIN, _VERSIONS[_PLAIN], *shape)
         half = _float16.to_bits(logprobs) if highest <= 0 else logprobs.astype("<f2")
         return seal(frame, [part.data for part in (*_pack_ids(ids, self.vocab_size), half)])
 
     @classmethod
     def decode(cls, blob: bytes) -> "TopKLogprobs":
         """ids as int32 with -1 at empty slots, log-probabilities as float32 with -inf there, both in their order.
+
+        Those of draws are the exact log(count / num_draws): fp16 would bias the estimate.
 
         Raises DataError for another magic or version, bytes that changed, a size that does not add up, ids outside
         the vocabulary, and log-probabilities that are NaN or +inf.
@@ -96,7 +109,10 @@ class TopKLogprobs:
         if is_empty is not None:
             ids[is_empty] = -1
         shape = (num_tokens, top_k)
-        return cls(ids.reshape(shape), logprobs.reshape(shape), frame.temperature, vocab_size)
+        if 0 < frame.num_draws <= MAX_DRAWS:
+            with np.errstate(divide="ignore"):
+                logprobs = np.log(np.rint(np.exp(logprobs) * frame.num_draws) / np.float32(frame.num_draws))
+        return cls(ids.reshape(shape), logprobs.reshape(shape), frame.temperature, vocab_size, frame.num_draws)
 
 
 def nbytes_per_token(k: int, vocab_size: int) -> int:

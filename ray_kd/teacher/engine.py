@@ -16,6 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 TOPK_LOGPROBS = "topk_logprobs"
+TOPK, SAMPLE = "topk", "sample"
+SELECTIONS = (TOPK, SAMPLE)
 
 Rows = Mapping[str, NDArray[Any]]
 """The prepared columns of B rows: row_id [B] int64; input_ids, labels, position_ids [B, T] int32."""
@@ -28,9 +30,13 @@ class Request:
     kind: str = TOPK_LOGPROBS
     """Payload kind, one of the engine's `provides`."""
     top_k: int = 64
-    """Entries per position, at most the vocabulary size."""
+    """Entries per position, at most the vocabulary size; with selection `sample` the number of draws."""
     temperature: float = 1.0
     """Log-probabilities are log_softmax(logits / temperature) over the full vocabulary."""
+    selection: str = TOPK
+    """topk: the most likely tokens | sample: tokens drawn from the distribution (`draws.py`)."""
+    seed: int = 0
+    """Of the draws. They depend on it, the row_id and the position, on nothing else."""
 
 
 @dataclass(frozen=True)
@@ -46,13 +52,16 @@ class Engine(Protocol):
 
     provides: frozenset[str]
     """Payload kinds it can answer with."""
+    selections: frozenset[str]
+    """Which of `SELECTIONS` it can make."""
     is_local_model: bool
     """Whether its answers are those of the model folder itself, so that evaluation may load it for the exact KL."""
 
     def annotate(self, rows: Rows, request: Request) -> list[Any]:
         """One payload (`ray_kd.payloads`) or RowError per row, in order.
 
-        Raises ValueError for a request it cannot serve (kind, top_k, temperature); other failures travel as they are.
+        Raises ValueError for a request it cannot serve (kind, selection, top_k, temperature); other failures
+        travel as they are.
         """
         ...
 
@@ -66,10 +75,12 @@ def rows_in(rows: Rows) -> int:
     return len(np.asarray(rows["input_ids"]))
 
 
-def check_request(request: Request, provides: frozenset[str], vocab_size: int) -> None:
+def check_request(request: Request, provides: frozenset[str], selections: frozenset[str], vocab_size: int) -> None:
     """Refuse what no engine over this vocabulary could answer. Raises ValueError with the values allowed."""
     if request.kind not in provides:
         raise ValueError(f"the engine provides {', '.join(sorted(provides))}, not '{request.kind}'")
+    if request.selection not in selections:
+        raise ValueError(f"the engine selects by {', '.join(sorted(selections))}, not '{request.selection}'")
     if not 1 <= request.top_k <= vocab_size:
         raise ValueError(f"top_k is {request.top_k}; allowed: 1 to the vocabulary size {vocab_size}")
     if not request.temperature > 0:

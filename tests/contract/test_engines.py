@@ -116,12 +116,50 @@ def test_requests_that_cannot_be_served_are_refused(kind, model_path, rows) -> N
     assert TOPK_LOGPROBS in engine.provides
     for request, message in (
         (Request(kind="attention"), "provides topk_logprobs, not 'attention'"),
+        (Request(selection="greedy"), "selects by .*not 'greedy'"),
         (Request(top_k=VOCAB_SIZE + 1), "allowed: 1 to the vocabulary size 259"),
         (Request(top_k=0), "allowed: 1 to"),
         (Request(temperature=0.0), "allowed: above 0"),
     ):
         with pytest.raises(ValueError, match=message):
             engine.annotate(rows, request)
+
+
+@pytest.mark.parametrize("kind", CASES)
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_draws_are_shares_that_follow_the_distribution(kind, model_path, rows, temperature: float) -> None:
+    engine = build(kind, model_path)
+    request = Request(top_k=200, temperature=temperature, selection="sample", seed=3)
+    expected = expected_rows(kind, engine, model_path, rows, temperature)
+    for answer, full in zip(engine.annotate(rows, request), expected, strict=True):
+        assert (answer.num_draws, answer.temperature, answer.ids.shape) == (200, temperature, (len(full), 200))
+        np.testing.assert_array_equal(answer.ids < 0, answer.logprobs == -np.inf)
+        shares = np.zeros_like(full)
+        for position, (ids, logprobs) in enumerate(zip(answer.ids, answer.logprobs, strict=True)):
+            filled = ids >= 0
+            assert len(set(ids[filled].tolist())) == filled.sum()
+            assert (np.diff(logprobs[filled]) <= 0).all()
+            shares[position, ids[filled]] = np.exp(logprobs[filled])
+        np.testing.assert_allclose(shares.sum(axis=-1), 1, atol=1e-5)
+        # Five standard deviations of a share, per token; and the squared error of a row is what draws have.
+        q = np.exp(full)
+        assert (np.abs(shares - q) <= 5 * np.sqrt(q * (1 - q) / 200) + 5 / 200).all()
+        if len(full):
+            assert 0.6 < 200 * ((shares - q) ** 2).sum() / (q * (1 - q)).sum() < 1.5
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_draws_depend_on_seed_row_and_position_alone(kind, model_path, rows) -> None:
+    request = Request(top_k=16, selection="sample", seed=3)
+    one, again, batched = (build(kind, model_path, batch_size=size).annotate(rows, request) for size in (1, 1, 16))
+    backwards = build(kind, model_path).annotate({name: column[::-1].copy() for name, column in rows.items()}, request)
+    for answer, *others in zip(one, again, batched, backwards[::-1], strict=True):
+        for other in others:
+            assert answer.encode() == other.encode()
+    other_seed = build(kind, model_path).annotate(rows, Request(top_k=16, selection="sample", seed=4))
+    renamed = build(kind, model_path).annotate({**rows, "row_id": rows["row_id"] + 900}, request)
+    for other in (other_seed, renamed):
+        assert one[0].encode() != other[0].encode()
 
 
 @pytest.mark.parametrize("kind", CASES)
@@ -146,9 +184,10 @@ def test_a_broken_row_is_reported_alone(kind, model_path, rows) -> None:
         broken["input_ids"] = np.where(rows["input_ids"] == 200, 201, rows["input_ids"]).astype(np.int32)
         broken["input_ids"][1, 4] = 200
         engine._model.model.embed_tokens.weight.data[200] = torch.nan
-    answers = engine.annotate(broken, Request(top_k=4))
-    assert [isinstance(answer, RowError) for answer in answers] == [False, True, False, False, False]
-    assert "not finite" in answers[1].reason
+    for selection in ("topk", "sample"):
+        answers = engine.annotate(broken, Request(top_k=4, selection=selection))
+        assert [isinstance(answer, RowError) for answer in answers] == [False, True, False, False, False]
+        assert "not finite" in answers[1].reason
 
 
 def test_fake_can_fail_and_be_slow(model_path, rows) -> None:
@@ -158,4 +197,8 @@ def test_fake_can_fail_and_be_slow(model_path, rows) -> None:
 
 
 def test_check_request_accepts_the_edges() -> None:
-    check_request(Request(top_k=VOCAB_SIZE, temperature=0.1), frozenset({TOPK_LOGPROBS}), VOCAB_SIZE)
+    with pytest.raises(ValueError, match="selects by topk, not 'sample'"):
+        check_request(Request(selection="sample"), frozenset({TOPK_LOGPROBS}), frozenset({"topk"}), VOCAB_SIZE)
+    check_request(
+        Request(top_k=VOCAB_SIZE, temperature=0.1), frozenset({TOPK_LOGPROBS}), frozenset({"topk"}), VOCAB_SIZE
+    )

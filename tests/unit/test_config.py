@@ -94,6 +94,7 @@ def test_the_stable_core_keeps_its_defaults(minimal):
         "model": None,
         "engine": {"kind": "hf"},
         "top_k": 64,
+        "selection": "topk",
         "batch_size": 4,
         "dtype": "auto",
         "pool": {"min_actors": 1, "max_actors": 1, "num_cpus": 0.5, "num_gpus": 0, "label_selector": {}},

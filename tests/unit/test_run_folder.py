@@ -49,6 +49,7 @@ IDENTITY = [
     "teacher.revision=v2",
     "teacher.engine=fake",
     "teacher.top_k=8",
+    "teacher.selection=sample",
     "teacher.dtype=bfloat16",
     "teacher.wire=compact",
     "student.revision=v2",

@@ -112,6 +112,7 @@ def test_longer_rows_than_positions_are_warned_about(load, warnings):
         ("data.eval_fraction", "-0.1", "0"),
         ("data.max_bad_fraction", "1.1", "1.0"),
         ("teacher.top_k", "0", "1"),
+        ("teacher.selection", "random", "topk"),
         ("teacher.batch_size", "0", "1"),
         ("teacher.run_ahead_rows", "0", "1"),
         ("teacher.threads", "0", "null"),
@@ -176,6 +177,30 @@ def test_dropping_the_tail_is_for_divergences_that_keep_an_optimum(load, diverge
         return
     with pytest.raises(ConfigError, match=rf"^loss\.tail: 'drop' is ill-posed with the divergence '{divergence}'"):
         validate(given)
+
+
+def test_draws_are_for_forward_kl_without_a_tail(load):
+    validate(load("teacher.selection=sample", "loss.tail=drop"))
+    for override, seen in (
+        ("loss.tail=bucket", "loss.divergence=forward_kl and loss.tail=bucket"),
+        ("loss.tail=renormalize", "loss.divergence=forward_kl and loss.tail=renormalize"),
+        ("loss.divergence=jsd", "loss.divergence=jsd and loss.tail=bucket"),
+    ):
+        with pytest.raises(ConfigError, match=rf"^teacher\.selection is 'sample' with {seen}: allowed is .*") as error:
+            validate(load("teacher.selection=sample", override))
+        assert "\n" not in str(error.value)
+    with pytest.raises(ConfigError, match=r"^teacher\.top_k is 3000: allowed is 1 to 2048 draws"):
+        validate(load("teacher.selection=sample", "loss.tail=drop", "teacher.top_k=3000"))
+
+
+def test_an_engine_that_cannot_draw_is_refused(load, monkeypatch):
+    from ray_kd.teacher.engines import hf
+
+    monkeypatch.setattr(hf.Engine, "selections", frozenset({"topk"}))
+    with pytest.raises(
+        ConfigError, match=r"^teacher\.selection is 'sample': allowed with teacher\.engine 'hf' is topk$"
+    ):
+        validate(load("teacher.selection=sample", "loss.tail=drop"))
 
 
 def test_gpus_of_a_cluster_are_not_looked_for_here(load, monkeypatch):

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from ray_kd import schema
 from ray_kd.payloads.topk_logprobs import TopKLogprobs
-from ray_kd.teacher.engine import TOPK_LOGPROBS, Request, RowError, Rows, check_request, rows_in
+from ray_kd.teacher import draws
+from ray_kd.teacher.engine import SAMPLE, SELECTIONS, TOPK_LOGPROBS, Request, RowError, Rows, check_request, rows_in
 
 
 @dataclass
@@ -35,6 +36,7 @@ class Engine:
     """Needs nothing of `model`, `dtype` or `device`; takes them so that any engine is constructed alike."""
 
     provides = frozenset({TOPK_LOGPROBS})
+    selections = frozenset(SELECTIONS)
     is_local_model = False
 
     def __init__(
@@ -52,7 +54,7 @@ class Engine:
     def annotate(self, rows: Rows, request: Request) -> list[TopKLogprobs | RowError]:
         """One payload per row, in order. Raises RuntimeError when a row of `fail_row_ids` is among them."""
         config = self._config
-        check_request(request, self.provides, config.vocab_size)
+        check_request(request, self.provides, self.selections, config.vocab_size)
         targets = schema.target_positions(rows[schema.LABELS], rows[schema.POSITION_IDS])
         answers: list[TopKLogprobs | RowError] = []
         for row in range(rows_in(rows)):
@@ -65,6 +67,13 @@ class Engine:
                 answers.append(RowError("the teacher's log-probabilities are not finite (fake teacher, told to)"))
                 continue
             logprobs = self.logprobs(rows[schema.INPUT_IDS][row][targets[row]], request.temperature)
+            if request.selection == SAMPLE:
+                numbers = draws.uniforms(request.seed, row_id, len(logprobs), request.top_k)
+                sums = np.exp(logprobs).cumsum(axis=-1)
+                drawn = (sums[:, None, :] <= (numbers * sums[:, -1:])[:, :, None]).sum(axis=-1)
+                ids, chosen = draws.count(drawn)
+                answers.append(TopKLogprobs(ids, chosen, request.temperature, config.vocab_size, request.top_k))
+                continue
             ids = np.argsort(-logprobs, axis=-1, kind="stable")[:, : request.top_k]
             chosen = np.take_along_axis(logprobs, ids, axis=-1).astype(np.float32)
             answers.append(TopKLogprobs(ids, chosen, request.temperature, config.vocab_size))

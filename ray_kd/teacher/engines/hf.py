@@ -9,7 +9,9 @@ from numpy.typing import NDArray
 from ray_kd import schema
 from ray_kd.models import Head, check_architecture, decoder_hidden, load_causal_lm
 from ray_kd.payloads.topk_logprobs import TopKLogprobs
-from ray_kd.teacher.engine import TOPK_LOGPROBS, Request, RowError, Rows, check_request, rows_in
+from ray_kd.teacher import draws
+from ray_kd.teacher.engine import SAMPLE, SELECTIONS, TOPK_LOGPROBS, Request, RowError, Rows, check_request, rows_in
+from ray_kd.teacher.sample import sample_tokens
 from ray_kd.teacher.topk import topk_logprobs
 
 
@@ -17,14 +19,15 @@ from ray_kd.teacher.topk import topk_logprobs
 class Config:
     """Options of `teacher.engine: {kind: hf}`."""
 
-    chunk_size: int = 256
-    """Target tokens per head product; [chunk_size, vocabulary] logits exist at a time."""
+    chunk_size: int = 512
+    """Target tokens per head product, which is made in tiles of the vocabulary of 16 MB."""
 
 
 class Engine:
     """Loads the model once; at most `batch_size` rows go through the decoder together."""
 
     provides = frozenset({TOPK_LOGPROBS})
+    selections = frozenset(SELECTIONS)
     is_local_model = True
 
     def __init__(
@@ -46,7 +49,7 @@ class Engine:
 
     def annotate(self, rows: Rows, request: Request) -> list[TopKLogprobs | RowError]:
         """One payload per row, in order; a row with a non-finite value anywhere is a RowError of its own."""
-        check_request(request, self.provides, self._head.vocab_size)
+        check_request(request, self.provides, self.selections, self._head.vocab_size)
         answers: list[TopKLogprobs | RowError] = []
         for start in range(0, rows_in(rows), self._batch_size):
             batch = {name: np.asarray(column)[start : start + self._batch_size] for name, column in rows.items()}
@@ -63,8 +66,8 @@ class Engine:
         targets = schema.target_positions(rows[schema.LABELS], rows[schema.POSITION_IDS])
         counts = targets.sum(axis=1)
         hidden = self._target_hidden(rows, targets)
-        ids, logprobs = topk_logprobs(hidden, self._head, request.top_k, request.temperature, self._chunk_size)
-        ids_MK, logprobs_MK = ids.cpu().numpy(), logprobs.cpu().numpy()
+        ids_MK, logprobs_MK = self._select(hidden, rows, counts, request)
+        num_draws = request.top_k if request.selection == SAMPLE else 0
         answers: list[TopKLogprobs | RowError] = []
         for start, end in zip(np.cumsum(counts) - counts, np.cumsum(counts), strict=True):
             own = logprobs_MK[start:end]
@@ -75,8 +78,26 @@ class Engine:
                     RowError(f"the teacher's log-probabilities are not finite at {bad} of {len(own)} tokens")
                 )
             else:
-                answers.append(TopKLogprobs(ids_MK[start:end], own, request.temperature, self._head.vocab_size))
+                ids, vocab_size = ids_MK[start:end], self._head.vocab_size
+                answers.append(TopKLogprobs(ids, own, request.temperature, vocab_size, num_draws))
         return answers
+
+    def _select(
+        self, hidden: torch.Tensor, rows: Rows, counts: NDArray[np.integer], request: Request
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """ids and log-probabilities [M, K] of the target positions; a broken position has NaN."""
+        if request.selection != SAMPLE:
+            ids, logprobs = topk_logprobs(hidden, self._head, request.top_k, request.temperature, self._chunk_size)
+            return ids.cpu().numpy(), logprobs.cpu().numpy()
+        numbers = [
+            draws.uniforms(request.seed, int(row_id), int(count), request.top_k)
+            for row_id, count in zip(rows[schema.ROW_ID], counts, strict=True)
+        ]
+        uniforms = torch.from_numpy(np.concatenate(numbers)).to(hidden.device)
+        drawn = sample_tokens(hidden, self._head, uniforms, request.temperature, self._chunk_size).cpu().numpy()
+        ids_MK, logprobs_MK = draws.count(drawn)
+        logprobs_MK[(drawn < 0).any(axis=1)] = np.nan
+        return ids_MK, logprobs_MK
 
     def _target_hidden(self, rows: Rows, targets: NDArray[np.bool_]) -> torch.Tensor:
         """[M, D] at the target positions of all rows, in row-major order; no forward when there is none."""

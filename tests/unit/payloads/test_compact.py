@@ -17,7 +17,7 @@ MAGIC = b"RKTC"
 def sealed(blob):
     """The same bytes with the right checksum: what an encoder with a bug would send."""
     blob = bytes(blob)
-    return blob[:26] + struct.pack("<I", zlib.crc32(blob[30:], zlib.crc32(blob[:26]))) + blob[30:]
+    return blob[:28] + struct.pack("<I", zlib.crc32(blob[32:], zlib.crc32(blob[:28]))) + blob[32:]
 
 
 def trip(payload):

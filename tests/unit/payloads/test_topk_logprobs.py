@@ -12,14 +12,14 @@ from ray_kd.errors import DataError
 from ray_kd.payloads import TopKLogprobs, _float16
 from ray_kd.payloads.topk_logprobs import example, nbytes_per_token
 
-HEADER = 30
+HEADER = 32
 """Bytes before the ids: magic, version, M, K, temperature, vocab_size, checksum."""
 
 
 def sealed(blob):
     """The same bytes with the right checksum: what an encoder with a bug would send."""
     blob = bytes(blob)
-    return blob[:26] + struct.pack("<I", zlib.crc32(blob[30:], zlib.crc32(blob[:26]))) + blob[30:]
+    return blob[:28] + struct.pack("<I", zlib.crc32(blob[32:], zlib.crc32(blob[:28]))) + blob[32:]
 
 
 def draw(num_tokens, top_k, vocab_size, empty=0.0, dtype=np.int32, seed=0):
@@ -116,13 +116,14 @@ REFUSED = {
     "temperature_zero": (np.zeros((1, 1), int), np.zeros((1, 1)), 0.0, 10),
     "temperature_nan": (np.zeros((1, 1), int), np.zeros((1, 1)), float("nan"), 10),
     "more_tokens_than_vocabulary": (np.zeros((1, 3), int), np.zeros((1, 3)), 1.0, 2),
+    "too_many_draws": (np.zeros((1, 1), int), np.zeros((1, 1)), 1.0, 10, 2049),
     "no_vocabulary": (np.zeros((1, 0), int), np.zeros((1, 0)), 1.0, 0),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_be_a_payload_is_refused(case):
-    with pytest.raises(ValueError, match=r"must both be|temperature|vocab_size"):
+    with pytest.raises(ValueError, match=r"must both be|temperature|vocab_size|num_draws"):
         TopKLogprobs(*REFUSED[case])
 
 
@@ -174,3 +175,18 @@ def test_float16_on_the_bits_is_what_numpy_makes():
 def test_the_codec_needs_neither_torch_nor_ray():
     code = "import sys, ray_kd.payloads; assert not {'torch', 'ray', 'pickle5'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+@pytest.mark.parametrize("wire", ["plain", "compact"])
+@pytest.mark.parametrize("num_draws", [1, 7, 64, 1000, 2048])
+def test_counts_of_draws_come_back_exactly(num_draws, wire):
+    """Every count there is: after fp16 the probabilities are still multiples of 1 / num_draws, to fp32."""
+    counts = np.arange(num_draws + 1)[:, None]
+    with np.errstate(divide="ignore"):
+        logprobs = np.log(counts / num_draws).astype(np.float32)
+    sent = TopKLogprobs(np.zeros((num_draws + 1, 1), np.int32), logprobs, 1.0, 10, num_draws)
+    decoded = TopKLogprobs.decode(sent.encode(wire))
+    assert decoded.num_draws == num_draws
+    assert decoded.logprobs.dtype == np.float32
+    np.testing.assert_array_equal(decoded.ids[:, 0], np.where(counts[:, 0] == 0, -1, 0))
+    np.testing.assert_allclose(decoded.logprobs, logprobs, atol=1e-6, rtol=0)
