@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from ray_kd.models import Head
+from ray_kd.head import Head
 from ray_kd.teacher.topk import topk_logprobs
 
 SHAPES = ("512,576,49152", "512,1024,151936", "512,2048,32000")

@@ -25,7 +25,7 @@ from torch import Tensor
 from ray_kd import schema
 from ray_kd.errors import DataError
 from ray_kd.eval.targets import Rows, TeacherTargets
-from ray_kd.models import Head
+from ray_kd.head import Head
 
 CHUNK_SIZE = 256
 NUM_TARGET_BYTES = "num_target_bytes"

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ray_kd import schema
-from ray_kd.models import Head, check_architecture, decoder_hidden, load_causal_lm
+from ray_kd.head import Head
+from ray_kd.models import check_architecture, decoder_hidden, head_of, load_causal_lm
 from ray_kd.payloads.topk_logprobs import TopKLogprobs
 
 _LOG_TINY = float(np.log(1e-7))  # smallest tail mass told apart from rounding, as in the loss
@@ -87,7 +88,7 @@ class DenseTargets:
             )
             mask = torch.from_numpy(targets).to(device)
             hidden.extend(out[row][mask[row]].cpu() for row in range(len(targets)))
-        return cls(hidden, Head.of(teacher).to("cpu"))
+        return cls(hidden, head_of(teacher).to("cpu"))
 
     def is_usable(self, row: int) -> bool:
         """False when the teacher's forward was not finite."""

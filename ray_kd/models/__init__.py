@@ -7,11 +7,11 @@ layers.py   a student made of the teacher's layers
 """
 
 from ray_kd.models.decoder import (
-    Head,
     base_causal_lm,
     check_architecture,
     decoder_hidden,
     decoder_of,
+    head_of,
     require_plain_head,
 )
 from ray_kd.models.folder import (
@@ -35,7 +35,6 @@ from ray_kd.models.load import (
 
 __all__ = [
     "DTYPES",
-    "Head",
     "apply_liger",
     "atomic_folder",
     "base_causal_lm",
@@ -47,6 +46,7 @@ __all__ = [
     "compare_vocabularies",
     "decoder_hidden",
     "decoder_of",
+    "head_of",
     "init_from_layers",
     "is_local",
     "licence_of",

@@ -4,15 +4,14 @@ In: packed rows, input_ids and position_ids [B, T]. Out: final-normed hidden sta
 the positions asked for, so the vocabulary-sized product is never paid for prompt and padding tokens.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ray_kd.errors import ConfigError
+from ray_kd.head import Head
 
 
 def base_causal_lm(model: nn.Module) -> PreTrainedModel:
@@ -45,58 +44,23 @@ def decoder_hidden(model: nn.Module, input_ids: Tensor, position_ids: Tensor) ->
     return hidden
 
 
-@dataclass(frozen=True)
-class Head:
-    """What turns hidden states into logits: softcap(scale * (hidden @ weight.T + bias))."""
+def head_of(model: nn.Module) -> Head:
+    """The head of a loaded model; weight and bias are the model's own tensors, not copies.
 
-    weight: Tensor
-    """[V, D]."""
-    bias: Tensor | None = None
-    """[V]."""
-    softcap: float | None = None
-    """logits = softcap * tanh(logits / softcap), as in Gemma 2 (https://arxiv.org/abs/2408.00118)."""
-    scale: float = 1.0
-    """Cohere multiplies by logit_scale, Granite divides by logits_scaling."""
-
-    @property
-    def vocab_size(self) -> int:
-        return self.weight.shape[0]
-
-    @classmethod
-    def of(cls, model: nn.Module) -> "Head":
-        """The head of a loaded model; weight and bias are the model's own tensors, not copies.
-
-        Raises ConfigError for a model without an output projection. What cannot be seen from the config
-        (a multiplier with a name of its own) is caught by `check_architecture`.
-        """
-        base = base_causal_lm(model)
-        projection = base.get_output_embeddings()
-        if projection is None:
-            raise ConfigError(f"{type(base).__name__} has no output projection (lm_head)")
-        softcap, scale = _transform(base.config)
-        return cls(
-            weight=projection.weight.detach(),
-            bias=None if getattr(projection, "bias", None) is None else projection.bias.detach(),
-            softcap=softcap,
-            scale=scale,
-        )
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [N, D] -> logits [N, V] float32; the product runs in the weight's dtype, as in the model itself."""
-        return self.transform_(functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias).float())
-
-    def transform_(self, logits: Tensor) -> Tensor:
-        """What the head does after the product, element by element and in place; it keeps their order."""
-        if self.scale != 1.0:
-            logits.mul_(self.scale)
-        if self.softcap is not None:
-            logits.div_(self.softcap).tanh_().mul_(self.softcap)
-        return logits
-
-    def to(self, device: torch.device | str) -> "Head":
-        """The same head on another device."""
-        bias = None if self.bias is None else self.bias.to(device)
-        return Head(self.weight.to(device), bias, self.softcap, self.scale)
+    Raises ConfigError for a model without an output projection. What cannot be seen from the config
+    (a multiplier with a name of its own) is caught by `check_architecture`.
+    """
+    base = base_causal_lm(model)
+    projection = base.get_output_embeddings()
+    if projection is None:
+        raise ConfigError(f"{type(base).__name__} has no output projection (lm_head)")
+    softcap, scale = _transform(base.config)
+    return Head(
+        weight=projection.weight.detach(),
+        bias=None if getattr(projection, "bias", None) is None else projection.bias.detach(),
+        softcap=softcap,
+        scale=scale,
+    )
 
 
 def require_plain_head(config: PreTrainedConfig) -> None:
@@ -146,6 +110,6 @@ def check_architecture(model: nn.Module) -> None:
     size = alone.norm()
     if (packed[0] - packed[1]).norm() > tolerance * size or (packed[0] - alone[0]).norm() > 2 * tolerance * size:
         raise ConfigError(f"{name} lets packed documents see each other (it ignores position_ids); it cannot be used")
-    ours = Head.of(model).logits(alone[0])
+    ours = head_of(model).logits(alone[0])
     if ours.shape != logits.shape or (ours - logits).norm() > tolerance * logits.norm():
         raise ConfigError(f"{name} does not compute its logits as lm_head(hidden) with a known cap or scale")

@@ -6,7 +6,7 @@ Costs one head product of [N, D] x [D, V] and passes over all of it in fp32 and 
 import torch
 from torch import Tensor
 
-from ray_kd.models import Head
+from ray_kd.head import Head
 
 CHUNK_SIZE = 512
 CHUNK_NBYTES = 2**24

@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from ray_kd.models import Head
+from ray_kd.head import Head
 
 CHUNK_SIZE = 512
 GROUP_SIZE = 32

@@ -180,7 +180,7 @@ def test_a_broken_row_is_reported_alone(kind, model_path, rows) -> None:
         # A token whose embedding is not finite, in row 1 only. The head is untied first: it must stay finite.
         head = engine._model.lm_head
         head.weight = torch.nn.Parameter(head.weight.detach().clone())
-        engine._head = models.Head.of(engine._model)
+        engine._head = models.head_of(engine._model)
         broken["input_ids"] = np.where(rows["input_ids"] == 200, 201, rows["input_ids"]).astype(np.int32)
         broken["input_ids"][1, 4] = 200
         engine._model.model.embed_tokens.weight.data[200] = torch.nan

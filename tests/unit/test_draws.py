@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from ray_kd.head import Head
 from ray_kd.losses import fused_linear_kd_loss
-from ray_kd.models import Head
 from ray_kd.teacher import draws
 from ray_kd.teacher.sample import sample_tokens
 from tests.reference.topk import full_logprobs

@@ -11,6 +11,7 @@ import pytest
 
 LAYERS = (
     {"errors", "plugins", "config", "schema", "payloads", "storage"},
+    {"head"},
     {"losses", "models", "checkpoint", "metrics", "locks", "refusal"},
     {"data", "teacher", "trainer", "eval", "export"},
     {"benchmarks", "cluster", "run_folder", "launch", "progress", "heldout", "summary", "results", "validate"},
@@ -20,11 +21,12 @@ LAYERS = (
 )
 """From the bottom up. A part imports itself and what is below its layer."""
 
-NEIGHBOURS = {0, 3}
+NEIGHBOURS = {0, 4}
 """Layers whose parts may import each other: the vocabulary, and what composes the stages beside the pipeline."""
 
 REFUSED: dict[str, set[str]] = {
     **{part: {"torch", "ray", "deepspeed", "transformers"} for part in LAYERS[0]},
+    "head": {"ray", "deepspeed", "transformers"},
     "losses": {"ray", "deepspeed", "transformers"},
     "models": {"ray", "deepspeed"},
 }

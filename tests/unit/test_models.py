@@ -72,7 +72,7 @@ def test_packed_documents_equal_each_document_alone(name: str, attention: str) -
         pytest.skip("this architecture caps its attention logits, which sdpa cannot")
     model.set_attn_implementation(attention)
     models.check_architecture(model)
-    head = models.Head.of(model)
+    head = models.head_of(model)
     rows = [[5, 9, 7], [12, 4, 5]]  # three documents, then padding up to 24
     generator = torch.Generator().manual_seed(1)
     documents = [[torch.randint(3, 97, (length,), generator=generator) for length in row] for row in rows]
@@ -130,7 +130,7 @@ def test_a_wrapper_with_get_base_model_is_looked_through(llama: Path) -> None:
     ids, positions = torch.arange(6)[None], torch.arange(6)[None]
     wrapped = models.decoder_hidden(Wrapper(model), ids, positions)
     torch.testing.assert_close(wrapped, models.decoder_hidden(model, ids, positions))
-    assert models.Head.of(Wrapper(model)).weight.data_ptr() == model.lm_head.weight.data_ptr()
+    assert models.head_of(Wrapper(model)).weight.data_ptr() == model.lm_head.weight.data_ptr()
 
 
 # Loading

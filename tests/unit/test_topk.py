@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ray_kd.models import Head
+from ray_kd.head import Head
 from ray_kd.teacher import topk
 from ray_kd.teacher.topk import topk_logprobs
 from tests.reference.topk import full_logprobs

@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 
 from ray_kd import schema
-from ray_kd.models import Head, check_architecture, decoder_hidden, load_causal_lm
+from ray_kd.models import check_architecture, decoder_hidden, head_of, load_causal_lm
 from ray_kd.payloads.topk_logprobs import TopKLogprobs
 from ray_kd.teacher import draws
 from ray_kd.teacher.engine import SAMPLE, SELECTIONS, TOPK_LOGPROBS, Request, RowError, Rows, check_request, rows_in
@@ -43,7 +43,7 @@ class Engine:
         """Raises ConfigError when the model cannot be loaded or does not keep packed documents apart."""
         self._model = load_causal_lm(model, revision, dtype, device)
         check_architecture(self._model)
-        self._head = Head.of(self._model)
+        self._head = head_of(self._model)
         self._batch_size = batch_size
         self._chunk_size = config.chunk_size
 
