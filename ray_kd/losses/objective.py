@@ -25,7 +25,8 @@ class Objective:
 
     divergence: Callable[[Tensor, Tensor, Any], tuple[Tensor, Tensor]]
     config: Any
-    tail: str
+    tail: str | None
+    """None: the teacher is known over the whole vocabulary."""
     temperature: float
     payload_temperature: float
     kd_weight: float
@@ -36,10 +37,15 @@ class Objective:
         """Whether the divergence never looks at tokens the teacher did not send."""
         return self.tail == "renormalize"
 
+    @property
+    def compares_logits(self) -> bool:
+        """Whether the divergence is one of logits and not of log-probabilities."""
+        return _compares_logits(self.config)
+
 
 def make_objective(
     divergence: str | Mapping[str, Any] | Any = "forward_kl",
-    tail: str = "bucket",
+    tail: str | None = "bucket",
     temperature: float = 1.0,
     kd_weight: float = 1.0,
     ce_weight: float = 0.0,
@@ -49,10 +55,11 @@ def make_objective(
     """Check the options of the loss and find the divergence.
 
     divergence: a kind, a mapping with `kind` and options, or a divergence's own Config; beta fills in the option of
-    that name where the divergence has one and none was given. payload_temperature: the one the teacher's
-    log-probabilities were taken at, None for `temperature`. Raises ValueError for every refused value or combination.
+    that name where the divergence has one and none was given. tail None: the teacher is known over the whole
+    vocabulary. payload_temperature: the one the teacher's log-probabilities were taken at, None for `temperature`.
+    Raises ValueError for every refused value or combination.
     """
-    if tail not in TAILS:
+    if tail is not None and tail not in TAILS:
         raise ConfigError(
             f"loss.tail: unknown tail '{tail}'{plugins.nearest(str(tail), TAILS) or '.'} {_allowed(TAILS)}"
         )
@@ -63,14 +70,19 @@ def make_objective(
     for name, value in (("kd_weight", kd_weight), ("ce_weight", ce_weight)):
         if not (value >= 0 and math.isfinite(value)):
             raise ConfigError(f"loss.{name}: {value} is negative or not finite")
-    if payload_temperature != temperature and tail != "renormalize":
+    if payload_temperature != temperature and tail not in (None, "renormalize"):
         raise ConfigError(
             f"loss.tail: '{tail}' needs the teacher's log-probabilities at the loss's temperature {temperature}, "
             f"and these were taken at {payload_temperature}: the tail cannot be recovered. {_allowed(['renormalize'])}"
         )
     kind, function, config = _find(divergence, beta)
     tails = getattr(config, "tails", ("bucket", "renormalize"))
-    if tail not in tails:
+    if tail is not None and _compares_logits(config):
+        raise ConfigError(
+            f"loss.divergence: '{kind}' compares whole logits, which the likeliest tokens are not. "
+            "Allowed with it: teacher.payload=hidden_states"
+        )
+    if tail is not None and tail not in tails:
         raise ConfigError(f"loss.tail: '{tail}' is ill-posed with the divergence '{kind}'. {_allowed(tails)}")
     return Objective(function, config, tail, temperature, payload_temperature, kd_weight, ce_weight)
 
@@ -92,6 +104,10 @@ def _find(divergence: str | Mapping[str, Any] | Any, beta: float) -> tuple[str, 
             f" {_allowed(plugins.available(GROUP))}"
         )
     return module.__name__.rsplit(".", 1)[-1], module.divergence, divergence
+
+
+def _compares_logits(config: Any) -> bool:
+    return getattr(config, "compares_logits", False)
 
 
 def _beta_if_taken(config_class: type, beta: float) -> dict[str, Any]:

@@ -16,15 +16,16 @@ from ray_kd.losses.objective import Objective
 from ray_kd.losses.tail import logit_gradient, student_support, teacher_support
 from ray_kd.losses.targets import HeadGradients, Targets
 
-MAX_ROWS = 128
-"""The distinct tokens of a chunk grow with its rows, and the product with both: more rows cost more a token."""
-
 
 class SparseHead:
     """The head of one call. Calling it takes a chunk, adds to the head's gradients."""
 
+    overwrites_weight_grad = False
+    max_rows = 128
+    """Of a chunk: its distinct tokens grow with its rows, and the product with both, so more rows cost more a token."""
+
     def __init__(
-        self, weight: Tensor, bias: Tensor | None, objective: Objective, scale: float | Tensor, dtype: torch.dtype
+        self, objective: Objective, weight: Tensor, bias: Tensor | None, scale: float | Tensor, dtype: torch.dtype
     ) -> None:
         """dtype: of everything but the products. scale: 1 / n, with which every gradient is multiplied."""
         self.weight, self.bias, self.objective, self.scale, self.dtype = weight, bias, objective, scale, dtype
@@ -36,15 +37,16 @@ class SparseHead:
 
         hidden [C, H]. gradients None: no gradient at all is computed.
         """
-        objective = self.objective
+        objective, tail = self.objective, self.objective.tail
+        assert tail is not None
         ids, is_filled, logprobs = targets.slots(self.dtype)
         distinct, place = distinct_ids(ids)
         weight = self.weight[distinct]
         logits = hidden @ weight.t() if self.bias is None else torch.addmm(self.bias[distinct], hidden, weight.t())
         u_ids = torch.where(is_filled, logits.gather(1, place).to(self.dtype) / objective.temperature, -math.inf)
         rescale = objective.payload_temperature / objective.temperature
-        log_q, in_support = teacher_support(logprobs, is_filled, objective.tail, self.weight.shape[0], rescale)
-        log_p, _ = student_support(u_ids, None, in_support, objective.tail)
+        log_q, in_support = teacher_support(logprobs, is_filled, tail, self.weight.shape[0], rescale)
+        log_p, _ = student_support(u_ids, None, in_support, tail)
         value, score = objective.divergence(log_p, log_q, objective.config)
 
         is_valid = targets.is_valid()
@@ -53,7 +55,7 @@ class SparseHead:
         sums = torch.stack([kd_sum, kd_sum.new_tensor(math.nan), mass, kd_sum.new_tensor(math.nan)])
         if gradients is None:
             return sums, None
-        grad_ids, _ = logit_gradient(score, log_p, in_support, objective.tail)
+        grad_ids, _ = logit_gradient(score, log_p, in_support, tail)
         grad_ids = grad_ids * (objective.kd_weight * objective.temperature * self.scale)
         grad = torch.zeros_like(logits, dtype=self.dtype).scatter_add_(1, place, grad_ids)
         if gradients.bias is not None:

@@ -36,6 +36,22 @@ class Targets:
 
 
 @dataclass(frozen=True)
+class DenseTargets:
+    """The teacher's final hidden states [N, D], D its width, and the labels [N]."""
+
+    hidden: Tensor
+    labels: Tensor
+
+    def rows(self, index: slice | Tensor) -> "DenseTargets":
+        """The same for some of the tokens."""
+        return DenseTargets(self.hidden[index], self.labels[index])
+
+    def is_valid(self) -> Tensor:
+        """bool [N]: the tokens that count."""
+        return self.labels != IGNORED
+
+
+@dataclass(frozen=True)
 class HeadGradients:
     """Sums over chunks; None: not needed.
 

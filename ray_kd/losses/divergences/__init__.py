@@ -12,6 +12,9 @@ differentiating the value then gives the score. No values are read on the host: 
 Temperature, tails, the chain rule through the softmax to the logits, chunking and cross-entropy are
 shared machinery (`tail.py`, `fused_linear.py`) and do not belong here.
 
+A divergence with `compares_logits = True` in its Config takes logits instead, u and v [n, V] at temperature T, and its
+score is dD/du: for a teacher that is known over the whole vocabulary (`fused_linear_dense_kd_loss`), and for no other.
+
 `Config.tails` names the tail policies the divergence is well posed with; without it: bucket and renormalize,
 where log_p and log_q are normalised on the support, so that terms of the score proportional to p may be left out.
 """

@@ -254,7 +254,7 @@ def test_no_gradient_is_computed_where_none_is_asked_for(options, monkeypatch):
     def refuse(*args):
         raise AssertionError("a gradient was computed")
 
-    monkeypatch.setattr("ray_kd.losses.dense_chunk.logit_gradient", refuse)
+    monkeypatch.setattr("ray_kd.losses.topk_chunk.logit_gradient", refuse)
     monkeypatch.setattr("ray_kd.losses.sparse_chunk.logit_gradient", refuse)
     with torch.no_grad():
         out = fused_linear_kd_loss(**batch, **options)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ray_kd.losses import dense_chunk, fused_linear_kd_loss, triton_rows
+from ray_kd.losses import fused_linear_kd_loss, topk_chunk, triton_rows
 from tests.reference.kd_batch import draw, grads_of, with_grads
 from tests.reference.kd_loss import kd_loss
 
@@ -38,14 +38,14 @@ def test_the_kernels_equal_torch(kernels, dtype, temperature):
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
 def test_the_loss_through_the_kernels_equals_its_twin(kernels, monkeypatch, divergence, temperature, ce_weight):
-    monkeypatch.setattr(dense_chunk, "_kernels", lambda weight: kernels)
-    start = dense_chunk.DenseHead.__init__
+    monkeypatch.setattr(topk_chunk, "_kernels", lambda weight: kernels)
+    start = topk_chunk.TopKHead.__init__
 
     def as_on_a_device(self, *arguments):
         start(self, *arguments)
         self.takes_factor_out = False
 
-    monkeypatch.setattr(dense_chunk.DenseHead, "__init__", as_on_a_device)
+    monkeypatch.setattr(topk_chunk.TopKHead, "__init__", as_on_a_device)
     batch = draw(temperature=temperature, with_bias=True, with_empty=True, with_ignored=True, dtype=torch.float32)
     fast, slow = with_grads(batch), with_grads(batch)
     out = fused_linear_kd_loss(

@@ -22,18 +22,13 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from ray_kd.losses.chunked_head import ChunkedHead
 from ray_kd.losses.objective import Objective
 from ray_kd.losses.tail import logit_gradient, student_support, teacher_support
-from ray_kd.losses.targets import HeadGradients, Targets
-
-_CPU_SLICE = 2**18
-"""Logits of one pass on CPU: with their float32 copy they stay in the L2 cache."""
+from ray_kd.losses.targets import Targets
 
 _CPU_BLOCK = 2**21
 """Logits on CPU of which both exponentials are kept, in the L3 cache: for cross-entropy beside a temperature."""
-
-_DEVICE_SLICE = 2**25
-"""Logits of one pass elsewhere: it bounds the fp32 copy of a bf16 buffer at 128 MB."""
 
 _MIN_FACTOR = 1e-6
 """A row's number is taken out of its gradient where it is at least this, relative to the row's largest slot."""
@@ -99,17 +94,13 @@ def _kernels(weight: Tensor) -> ModuleType | None:
     return triton_rows if triton_rows.is_usable(weight) else None
 
 
-class DenseHead:
-    """The head and the reused buffers of one call. Calling it takes a chunk, adds to the head's gradients.
-
-    The first chunk overwrites the gradient of the weight, which may start uninitialised.
-    """
+class TopKHead(ChunkedHead[Targets]):
+    """A teacher that sent its likeliest tokens; whatever it did not send is one outcome, or none."""
 
     def __init__(
-        self, weight: Tensor, bias: Tensor | None, objective: Objective, scale: float | Tensor, dtype: torch.dtype
+        self, objective: Objective, weight: Tensor, bias: Tensor | None, scale: float | Tensor, dtype: torch.dtype
     ) -> None:
-        """dtype: of everything but the products. scale: 1 / n, with which every gradient is multiplied."""
-        self.weight, self.bias, self.objective, self.scale, self.dtype = weight, bias, objective, scale, dtype
+        super().__init__(objective, weight, bias, scale, dtype)
         on_cpu = weight.device.type == "cpu"
         # A small exponential divided by a small number of its row has no float16; d bias is a sum over the rows.
         self.takes_factor_out = on_cpu and weight.dtype != torch.float16 and bias is None
@@ -118,74 +109,21 @@ class DenseHead:
         self.has_heated_grad = self.heats and objective.kd_weight > 0
         self.has_plain_grad = not self.has_heated_grad or objective.ce_weight > 0
         self.keeps_both = self.has_heated_grad and self.has_plain_grad
-        vocab_size = weight.shape[0]
-        self.slice_rows = max(1, (_CPU_SLICE if on_cpu else _DEVICE_SLICE) // vocab_size)
-        # Rows finished together: all of a chunk, unless both exponentials have to be kept.
-        self.block_rows: int | None = None
         self.kernels = _kernels(weight)
         if self.keeps_both and self.kernels is None:
-            self.block_rows = max(1, _CPU_BLOCK // vocab_size) if on_cpu else self.slice_rows
-        self.buffers: dict[str, Tensor] = {}
-        self.is_first = True
+            self.block_rows = max(1, _CPU_BLOCK // weight.shape[0]) if on_cpu else self.slice_rows
 
-    def __call__(
-        self, hidden: Tensor, targets: Targets, gradients: HeadGradients | None, wants_hidden: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """Sums [4] over the chunk (T^2 D, CE, teacher mass, agreement) and d hidden [C, H] when wanted.
-
-        hidden [C, H]. gradients None: no gradient at all is computed.
-        """
-        num_rows = hidden.shape[0]
-        logits = self._buffer("logits", num_rows, self.weight.dtype)
-        if self.bias is None:
-            torch.mm(hidden, self.weight.t(), out=logits)
-        else:
-            torch.addmm(self.bias, hidden, self.weight.t(), out=logits)
-        sums = logits.new_zeros(4, dtype=self.dtype)
-        factors = []
-        for start in range(0, num_rows, self.block_rows or num_rows):
-            block = slice(start, start + (self.block_rows or num_rows))
-            block_sums, factor = self._block(logits[block], targets.rows(block), wants_grad=gradients is not None)
-            sums += block_sums
-            factors.append(factor)
-        if gradients is None:
-            return sums, None
-        factor = torch.cat([f for f in factors if f is not None]) if self.takes_factor_out else None
-        if gradients.weight is not None:
-            scaled = hidden if factor is None else (hidden * factor).to(hidden.dtype)
-            # beta 0 on the first chunk overwrites: no pass to zero a gradient as large as the head.
-            if gradients.weight.dtype == hidden.dtype:
-                gradients.weight.addmm_(logits.t(), scaled, beta=0 if self.is_first else 1)
-            elif self.is_first:
-                gradients.weight.copy_(logits.t() @ scaled)
-            else:
-                gradients.weight.add_(logits.t() @ scaled)
-        if gradients.bias is not None:
-            gradients.bias.add_(logits.sum(0, dtype=self.dtype))
-        self.is_first = False
-        if not wants_hidden:
-            return sums, None
-        grad = logits @ self.weight
-        return sums, grad if factor is None else (grad * factor).to(grad.dtype)
-
-    def _buffer(self, name: str, num_rows: int, dtype: torch.dtype) -> Tensor:
-        """The first rows of a buffer [rows, V] that lives as long as the call; the first use is the largest."""
-        if name not in self.buffers:
-            self.buffers[name] = self.weight.new_empty(num_rows, self.weight.shape[0], dtype=dtype)
-        return self.buffers[name][:num_rows]
-
-    def _block(self, logits: Tensor, targets: Targets, wants_grad: bool) -> tuple[Tensor, Tensor | None]:
-        """Sums [4] of a block. With wants_grad its logits [R, V] become d loss / d logits, apart from a factor [R, 1]
-        where factors are taken out."""
+    def block(self, logits: Tensor, targets: Targets, wants_grad: bool) -> tuple[Tensor, Tensor | None]:
         objective = self.objective
         temperature, tail = objective.temperature, objective.tail
+        assert tail is not None
         slots = _Slots.taken_from(logits, targets, self.dtype)
         heated = None
         if self.kernels is not None:
             top, log_rest, log_rest_heated = self.kernels.row_stats(logits, temperature, self.heats)
         else:
             if wants_grad and self.keeps_both:
-                heated = self._buffer("heated", logits.shape[0], self.dtype)
+                heated = self.buffer("heated", logits.shape[0], self.dtype)
             top, log_rest, log_rest_heated = self._exponentials(logits, heated, wants_grad)
 
         # Cross-entropy, at temperature 1.
@@ -267,7 +205,7 @@ class DenseHead:
         for start in range(0, logits.shape[0], self.slice_rows):
             rows = slice(start, start + self.slice_rows)
             source = logits[rows]
-            part = self._float(source)
+            part = self.float_slice(source)
             if heated is None:
                 part.mul_((hot if self.has_heated_grad and hot is not None else plain)[rows])
             else:
@@ -275,12 +213,6 @@ class DenseHead:
                 part = hot_part.addcmul_(part, plain[rows])
             if part is not source:
                 source.copy_(part)
-
-    def _float(self, part: Tensor) -> Tensor:
-        """A slice of the logits in the dtype of the loss: itself, or a copy in a buffer that is reused."""
-        if part.dtype == self.dtype:
-            return part
-        return self._buffer("slice", min(self.slice_rows, part.shape[0]), self.dtype)[: part.shape[0]].copy_(part)
 
     def _exponentials(self, logits: Tensor, heated: Tensor | None, wants_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
         """top (the largest z of a row), the logsumexp of z and the logsumexp of u, each [R, 1] in the loss's dtype.
@@ -293,7 +225,7 @@ class DenseHead:
         for start in range(0, logits.shape[0], self.slice_rows):
             rows = slice(start, start + self.slice_rows)
             source = logits[rows]
-            part = self._float(source)
+            part = self.float_slice(source)
             # Finite also where the slots are the whole vocabulary and nothing is left.
             top = part.amax(-1, keepdim=True).clamp_(min=-1e30)
             tops.append(top)
@@ -303,7 +235,7 @@ class DenseHead:
                 hot = (
                     heated[rows]
                     if heated is not None
-                    else self._buffer("hot slice", self.slice_rows, self.dtype)[: len(part)]
+                    else self.buffer("hot slice", self.slice_rows, self.dtype)[: len(part)]
                 )
                 torch.mul(part, 1 / temperature, out=hot).exp_()
                 heated_sums.append(hot.sum(-1, keepdim=True))
