@@ -78,6 +78,8 @@ class Teacher:
     """Hub revision of the teacher (branch, tag or commit); recorded in the model card."""
     engine: Any = field(default_factory=lambda: {"kind": "hf"})
     """What computes the teacher's answers: {kind: hf}."""
+    payload: str = "topk_logprobs"
+    """What it sends: topk_logprobs | hidden_states (2 bytes x width a token; exact over the whole vocabulary)."""
     top_k: int = 64
     """Log-probabilities kept per target token, the most likely first; vocabulary size = everything."""
     selection: str = "topk"

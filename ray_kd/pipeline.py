@@ -9,10 +9,11 @@ import json
 import logging
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -24,10 +25,11 @@ from ray_kd.data.prepared import PreparedData
 from ray_kd.errors import EXIT_BUG, EXIT_DONE, RayKDError, RetryableError
 from ray_kd.heldout import make_evaluate
 from ray_kd.locks import Held, Lost, driver_lock
-from ray_kd.payloads.topk_logprobs import nbytes_per_token
+from ray_kd.payloads import hidden_states, topk_logprobs
 from ray_kd.progress import Progress
-from ray_kd.teacher.engine import Request
+from ray_kd.teacher.engine import HIDDEN_STATES, TOPK_LOGPROBS, Request
 from ray_kd.teacher.stage import EngineSpec, TeacherStage
+from ray_kd.trainer.feed import Expected
 from ray_kd.trainer.loop import CHECKPOINTS, METRICS, QUARANTINE, STOP_FLAG, TrainSpec, train
 from ray_kd.validate import check_settings, validate
 
@@ -36,8 +38,11 @@ if TYPE_CHECKING:
 
     from ray_kd.data.manifest import Manifest
     from ray_kd.data.plan import Plan
+    from ray_kd.models import HeadShape
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _INFLUENCE_ROWS = 16  # rows on which block influence is measured; the ranking is stable from a few thousand tokens on
 _MAX_BLOCK_NBYTES = 32 * 2**20
@@ -75,7 +80,8 @@ def distill(config: RunConfig) -> dict[str, Any]:
                 planned = summary.Planned.of(prepared.manifest, order)
                 _warn(config, order)
                 student_path = _student(config, run_dir, prepared)
-                _fit(config, run_dir, held, prepared, order, student_path, vocab_size)
+                said = _expected(config, run_dir, vocab_size)
+                _fit(config, run_dir, held, prepared, order, student_path, said)
                 held.check()
                 results.finish(config, run_dir)
         except BaseException as error:
@@ -177,13 +183,12 @@ def _student(config: RunConfig, run_dir: Path, prepared: PreparedData) -> str:
     """The student's folder: the configured model, or one made of the teacher's layers, made once and kept."""
     if config.student.model is not None:
         return config.student.model
-    import ray
 
     from ray_kd.models import model_identity
 
     init = config.student.init
     assert init is not None  # validate: exactly one of model and init
-    pool, teacher = config.teacher.pool, config.teacher
+    teacher = config.teacher
     key = {
         "teacher": model_identity(teacher.model, teacher.revision),
         "layers": init.layers,
@@ -194,23 +199,36 @@ def _student(config: RunConfig, run_dir: Path, prepared: PreparedData) -> str:
     folder = run_dir.parent / "student_init" / digest
     if not (folder / "config.json").exists():
         start = time.perf_counter()
-        make = ray.remote(_make_student).options(
-            num_cpus=pool.num_cpus, num_gpus=pool.num_gpus, label_selector=pool.label_selector or None
-        )
-        threads = cluster.physical_cores()  # nothing else runs yet
-        made = make.remote(
-            teacher.model, teacher.revision, init.layers, str(prepared.folder), str(folder), threads, pool.num_gpus > 0
-        )
-        try:
-            layers = ray.get(made, timeout=config.train.timeout_s)
-        except ray.exceptions.GetTimeoutError:
-            raise RetryableError(
-                f"the student's init did not end within train.timeout_s={config.train.timeout_s:g} s: "
-                f"is there a node for teacher.pool ({pool.num_cpus:g} CPUs, {pool.num_gpus:g} GPUs, labels "
-                f"{dict(pool.label_selector)})?"
-            ) from None
+        make = partial(
+            _make_student, teacher.model, teacher.revision, init.layers, str(prepared.folder), str(folder),
+            cluster.physical_cores(), teacher.pool.num_gpus > 0,
+        )  # fmt: skip
+        layers = _on_teacher_pool(config, make, "the student's init")
         logger.info("student: the teacher's layers %s (%.1f s)", layers, time.perf_counter() - start)
     return str(folder)
+
+
+def _on_teacher_pool(config: RunConfig, function: Callable[[], T], what: str) -> T:
+    """The result of a function that loads the teacher, run where the teachers will; nothing else runs yet."""
+    import ray
+
+    pool = config.teacher.pool
+    task: Any = ray.remote(_call).options(
+        num_cpus=pool.num_cpus, num_gpus=pool.num_gpus, label_selector=pool.label_selector or None
+    )
+    try:
+        result: T = ray.get(task.remote(function), timeout=config.train.timeout_s)
+    except ray.exceptions.GetTimeoutError:
+        raise RetryableError(
+            f"{what} did not end within train.timeout_s={config.train.timeout_s:g} s: "
+            f"is there a node for teacher.pool ({pool.num_cpus:g} CPUs, {pool.num_gpus:g} GPUs, labels "
+            f"{dict(pool.label_selector)})?"
+        ) from None
+    return result
+
+
+def _call(function: Callable[[], T]) -> T:
+    return function()
 
 
 def _make_student(
@@ -232,6 +250,49 @@ def _make_student(
     with storage.drafted_folder(storage.path(out_dir), last="config.json") as draft:
         models.init_from_layers(teacher, layers, str(draft), revision=revision)
     return layers
+
+
+@dataclass(frozen=True)
+class _Said:
+    """What the teacher will send."""
+
+    expected: Expected
+    nbytes_per_token: int
+    head: str | None
+    """Folder of the head that makes log-probabilities of hidden states, made once and kept."""
+
+
+def _expected(config: RunConfig, run_dir: Path, vocab_size: int) -> _Said:
+    """The payloads of the run. For hidden states the teacher is loaded, once for all runs, to save its head."""
+    teacher, temperature = config.teacher, config.loss.temperature
+    if teacher.payload == TOPK_LOGPROBS:
+        nbytes = topk_logprobs.nbytes_per_token(teacher.top_k, vocab_size)
+        return _Said(Expected(TOPK_LOGPROBS, teacher.top_k, temperature), nbytes, None)
+    from ray_kd.models import head_shape, model_identity
+
+    key = f"{model_identity(teacher.model, teacher.revision)} {teacher.dtype}"
+    folder = run_dir.parent / "teacher_head" / hashlib.sha256(key.encode()).hexdigest()[:16]
+    shape = head_shape(folder)
+    if shape is None:
+        start = time.perf_counter()
+        make = partial(_make_head, teacher.model, teacher.revision, teacher.dtype, str(folder))
+        shape = _on_teacher_pool(config, make, "saving the teacher's head")
+        logger.info("the teacher's head of %d x %d is saved (%.1f s)", shape.vocab_size, shape.width,
+                    time.perf_counter() - start)  # fmt: skip
+    width = shape.width
+    return _Said(Expected(HIDDEN_STATES, width, temperature), hidden_states.nbytes_per_token(width), str(folder))
+
+
+def _make_head(teacher: str, revision: str | None, dtype: str, out_dir: str) -> "HeadShape":
+    """Raises ConfigError for a model whose logits are not those of a head that could be rebuilt."""
+    from ray_kd import models
+
+    model = models.load_causal_lm(teacher, revision, dtype)
+    models.check_architecture(model)
+    head = models.head_of(model)
+    with storage.drafted_folder(storage.path(out_dir), last="head.json") as draft:
+        models.save_head(head, draft)
+    return models.HeadShape(head.vocab_size, head.width)
 
 
 @dataclass(frozen=True)
@@ -287,7 +348,7 @@ def _note_attempt(run_dir: Path, start_slot: int) -> None:
 
 def _fit(
     config: RunConfig, run_dir: Path, held: Held, prepared: PreparedData, order: SlotOrder, student_path: str,
-    vocab_size: int,
+    said: _Said,
 ) -> None:  # fmt: skip
     """Train to the last step. Raises RetryableError when the run was stopped before it."""
     steps = _trained_steps(run_dir)
@@ -300,7 +361,7 @@ def _fit(
 
     options, pool = config.train, config.teacher.pool
     threads = cluster.Threads.of(config)
-    block_rows, run_ahead_nbytes = _stream_sizes(config, prepared.manifest, vocab_size)
+    block_rows, run_ahead_nbytes = _stream_sizes(config, prepared.manifest, said.nbytes_per_token)
     stream = _StreamSpec(
         run_dir=str(run_dir),
         prepared_dir=str(prepared.folder),
@@ -308,6 +369,7 @@ def _fit(
         block_rows=block_rows,
         engine=EngineSpec.of(config.teacher, threads.teacher),
         request=Request(
+            kind=config.teacher.payload,
             top_k=config.teacher.top_k,
             temperature=config.loss.temperature,
             selection=config.teacher.selection,
@@ -325,7 +387,8 @@ def _fit(
         train=options,
         loss_options=_loss_options(config),
         seed=config.run.seed,
-        top_k=config.teacher.top_k,
+        expected=said.expected,
+        teacher_head=said.head,
         block_rows=block_rows,
         threads=threads.worker,
         num_rows=order.num_rows,
@@ -384,9 +447,9 @@ def _fit(
 
 def _loss_options(config: RunConfig) -> dict[str, Any]:
     loss = config.loss
-    return {
+    tail = {"tail": loss.tail} if config.teacher.payload == TOPK_LOGPROBS else {}
+    return tail | {
         "divergence": loss.divergence,
-        "tail": loss.tail,
         "temperature": loss.temperature,
         "kd_weight": loss.kd_weight,
         "ce_weight": loss.ce_weight,
@@ -394,10 +457,10 @@ def _loss_options(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def _stream_sizes(config: RunConfig, manifest: "Manifest", vocab_size: int) -> tuple[int, int]:
+def _stream_sizes(config: RunConfig, manifest: "Manifest", nbytes_per_token: int) -> tuple[int, int]:
     """(rows in a block of the stream, bytes of object store that bound the teacher's run-ahead)."""
     options, teacher = config.train, config.teacher
-    payload_nbytes = manifest.max_targets_per_row * nbytes_per_token(teacher.top_k, vocab_size)
+    payload_nbytes = manifest.max_targets_per_row * nbytes_per_token
     row_nbytes = int(12 * config.data.sequence_length + payload_nbytes + 128)
     processes = options.num_workers + teacher.pool.max_actors
     block_rows = _block_rows(

@@ -29,8 +29,8 @@ LOG = "driver.log"
 _IDENTITY_KEYS = (
     "run.seed",
     "data.source", "data.format", "data.eval_source", "data.eval_fraction", "data.sequence_length",
-    "teacher.model", "teacher.revision", "teacher.engine", "teacher.top_k", "teacher.selection", "teacher.dtype",
-    "teacher.wire",
+    "teacher.model", "teacher.revision", "teacher.engine", "teacher.payload", "teacher.top_k", "teacher.selection",
+    "teacher.dtype", "teacher.wire",
     "eval.max_rows", "eval.kl",
     "student.model", "student.revision", "student.init", "student.dtype",
     "loss.divergence", "loss.tail", "loss.temperature", "loss.kd_weight", "loss.ce_weight",

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ray_kd import cluster, plugins, storage
-from ray_kd.config import RunConfig
+from ray_kd.config import Loss, RunConfig
 from ray_kd.errors import ConfigError
 from ray_kd.payloads.topk_logprobs import MAX_DRAWS, WIRES
+from ray_kd.teacher.engine import HIDDEN_STATES, SAMPLE, SELECTIONS, TOPK, TOPK_LOGPROBS
 from ray_kd.trainer.schedule import SCHEDULES
 
 if TYPE_CHECKING:
@@ -21,7 +22,8 @@ logger = logging.getLogger(__name__)
 
 _CHOICES = {
     "teacher.cache.mode": ("disabled",),
-    "teacher.selection": ("topk", "sample"),
+    "teacher.payload": (TOPK_LOGPROBS, HIDDEN_STATES),
+    "teacher.selection": SELECTIONS,
     "student.dtype": ("float32", "bfloat16", "float16"),
     "student.liger": ("auto", "never"),
     "teacher.dtype": ("auto", "float32", "bfloat16", "float16"),
@@ -116,8 +118,15 @@ def _check_combinations(config: RunConfig) -> None:
     from ray_kd.losses.objective import make_objective
 
     loss = config.loss
-    make_objective(loss.divergence, loss.tail, loss.temperature, loss.kd_weight, loss.ce_weight)
-    if config.teacher.selection == "sample":
+    is_dense = config.teacher.payload == HIDDEN_STATES
+    make_objective(loss.divergence, None if is_dense else loss.tail, loss.temperature, loss.kd_weight, loss.ce_weight)
+    if is_dense:
+        wires = plugins.load("payloads", HIDDEN_STATES).WIRES
+        _require(config.teacher.wire in wires, "teacher.wire", config.teacher.wire,
+                 f"{' | '.join(wires)} with teacher.payload={HIDDEN_STATES}")  # fmt: skip
+        _require(config.teacher.selection != SAMPLE, "teacher.selection", SAMPLE,
+                 f"topk with teacher.payload={HIDDEN_STATES}, which sends everything")  # fmt: skip
+    if config.teacher.selection == SAMPLE:
         kind = plugins.kind_of(loss.divergence)
         if (kind, loss.tail) != ("forward_kl", "drop"):
             raise ConfigError(
@@ -136,6 +145,8 @@ def _warn_without_effect(config: RunConfig) -> None:
     for name, section in (("teacher", config.teacher), ("student", config.student)):
         is_folder = section.model is not None and models.is_local(section.model)
         idle[f"{name}.revision"] = section.revision is not None and is_folder and f"{name}.model is a folder"
+    is_dense = config.teacher.payload == HIDDEN_STATES
+    idle["loss.tail"] = is_dense and config.loss.tail != Loss.tail and f"teacher.payload={HIDDEN_STATES} leaves no tail"
     joins = cluster.address(config) is not None
     idle["cluster.dashboard"] = config.cluster.dashboard is not None and joins and "the cluster has its own"
     for key, reason in idle.items():
@@ -148,13 +159,14 @@ def _check_models(config: RunConfig) -> Models:
 
     teacher_key = config.teacher
     engine, _ = plugins.options("teacher.engines", teacher_key.engine, "teacher.engine")
-    if "topk_logprobs" not in engine.Engine.provides:
-        raise ConfigError(f"teacher.engine '{plugins.kind_of(teacher_key.engine)}' does not provide topk_logprobs")
-    if teacher_key.selection not in engine.Engine.selections:
-        raise ConfigError(
-            f"teacher.selection is '{teacher_key.selection}': allowed with teacher.engine "
-            f"'{plugins.kind_of(teacher_key.engine)}' is {' | '.join(sorted(engine.Engine.selections))}"
-        )
+    of_engine = f"with teacher.engine '{plugins.kind_of(teacher_key.engine)}'"
+    provides = engine.Engine.provides
+    _require(teacher_key.payload in provides, "teacher.payload", teacher_key.payload,
+             f"{' | '.join(sorted(provides))} {of_engine}")  # fmt: skip
+    # An engine of a third party may be older than the draws.
+    selections = getattr(engine.Engine, "selections", frozenset({TOPK}))
+    _require(teacher_key.selection in selections, "teacher.selection", teacher_key.selection,
+             f"{' | '.join(sorted(selections))} {of_engine}")  # fmt: skip
     teacher = models.check_model(teacher_key.model, teacher_key.revision, "teacher")
     student = None
     if config.student.model is not None:
@@ -173,7 +185,8 @@ def _check_models(config: RunConfig) -> Models:
     elif config.student.init is not None:
         _check_init(config.student.init.layers, config.student.init.select, teacher.num_hidden_layers)
     models.require_plain_head(student or teacher)  # a student made of the teacher's layers has its head
-    _require(teacher_key.top_k <= teacher.vocab_size, "teacher.top_k", teacher_key.top_k,
+    is_topk = teacher_key.payload == TOPK_LOGPROBS
+    _require(not is_topk or teacher_key.top_k <= teacher.vocab_size, "teacher.top_k", teacher_key.top_k,
              f"at most the teacher's vocabulary of {teacher.vocab_size}")  # fmt: skip
     _check_length(config.data.sequence_length, teacher=teacher, student=student)
     return Models(teacher, student)

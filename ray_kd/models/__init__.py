@@ -3,6 +3,7 @@
 folder.py   is a path or hub id usable, which model is it; atomic folders
 load.py     load safely and quietly; compare vocabularies; Liger patches
 decoder.py  the decoder without its head, and the head
+head_folder.py  the head kept apart from its model
 layers.py   a student made of the teacher's layers
 """
 
@@ -22,6 +23,7 @@ from ray_kd.models.folder import (
     local_folder,
     model_identity,
 )
+from ray_kd.models.head_folder import HeadShape, head_shape, load_head, save_head
 from ray_kd.models.layers import block_influence, check_layers, choose_layers, init_from_layers
 from ray_kd.models.load import (
     DTYPES,
@@ -35,6 +37,7 @@ from ray_kd.models.load import (
 
 __all__ = [
     "DTYPES",
+    "HeadShape",
     "apply_liger",
     "atomic_folder",
     "base_causal_lm",
@@ -47,14 +50,17 @@ __all__ = [
     "decoder_hidden",
     "decoder_of",
     "head_of",
+    "head_shape",
     "init_from_layers",
     "is_local",
     "licence_of",
     "load_causal_lm",
+    "load_head",
     "load_tokenizer",
     "local_folder",
     "model_identity",
     "quiet",
     "require_plain_head",
+    "save_head",
     "torch_dtype",
 ]

@@ -6,6 +6,7 @@ of them takes, and `example(num_tokens, rng)`, which draws a payload for tests a
 The wire carries facts, not choices: renormalising and tail handling are options of the loss.
 """
 
+from ray_kd.payloads.hidden_states import HiddenStates
 from ray_kd.payloads.topk_logprobs import TopKLogprobs
 
-__all__ = ["TopKLogprobs"]
+__all__ = ["HiddenStates", "TopKLogprobs"]

@@ -4,9 +4,10 @@ Or, drawn from it: K draws, each token's share of them (`num_draws`, see `teache
 
 Two encodings of the same payload, each with a version and a checksum (`_frame.py`); `decode` knows both.
 
-plain     little-endian: a header of 32 bytes a row, then per token 2K bytes of ids (their low 16 bits), K/8 bytes for
-          each bit a vocabulary needs beyond 16, and 2K bytes of log-probabilities (fp16): 272 bytes a token at K = 64
-          and 18-bit ids. fp16 costs about 5e-4 relative in a log-probability, 1e-4 in the mass of a row.
+plain     little-endian: a header of 32 bytes a row (M u32, K u32, temperature f64, vocab_size u32, num_draws u16 among
+          them), then per token 2K bytes of ids (their low 16 bits), K/8 bytes for each bit a vocabulary needs beyond
+          16, and 2K bytes of log-probabilities (fp16): 272 bytes a token at K = 64 and 18-bit ids. fp16 costs about
+          5e-4 relative in a log-probability, 1e-4 in the mass of a row.
 compact   never larger; about 140 bytes a token at K = 64 and a vocabulary of 49152, for five times the work
           (`_compact.py`).
 
@@ -18,6 +19,7 @@ The body of plain:
 """
 
 import math
+import struct
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,13 +27,14 @@ import numpy as np
 from ray_kd.errors import DataError
 from ray_kd.payloads import _compact, _float16
 from ray_kd.payloads._frame import NBYTES as HEADER_NBYTES
-from ray_kd.payloads._frame import Frame, seal, unseal
+from ray_kd.payloads._frame import seal, unseal
 
 WIRES = ("plain", "compact")
 _PLAIN, _COMPACT = b"RKTK", b"RKTC"
 _VERSIONS = {_PLAIN: 2, _COMPACT: 1}
 MAX_DRAWS = 2048
 """Up to here fp16 keeps the share of a token close enough to read its count back."""
+_FIELDS = struct.Struct("<IIdIH")
 _LOW_BITS = 16
 _FP16_INFINITY = 0x7C00
 _FP16_MINUS_INFINITY = 0xFC00
@@ -73,16 +76,14 @@ class TopKLogprobs:
         num_tokens, top_k = ids.shape
         if wire not in WIRES:
             raise ValueError(f"wire is {wire!r}; allowed: {', '.join(WIRES)}")
-        shape = (num_tokens, top_k, self.temperature, self.vocab_size, self.num_draws)
+        fields = _FIELDS.pack(num_tokens, top_k, self.temperature, self.vocab_size, self.num_draws)
         # The grid of compact is too coarse to read a count back.
         if wire == "compact" and ids.size and not self.num_draws:
-            frame = Frame(_COMPACT, _VERSIONS[_COMPACT], *shape)
-            blob = seal(frame, _compact.encode(ids, logprobs, self.vocab_size))
+            blob = seal(_COMPACT, _VERSIONS[_COMPACT], fields, _compact.encode(ids, logprobs, self.vocab_size))
             if len(blob) < HEADER_NBYTES + _body_nbytes(ids.size, self.vocab_size):
                 return blob
-        frame = Frame(_PLAIN, _VERSIONS[_PLAIN], *shape)
         half = _float16.to_bits(logprobs) if highest <= 0 else logprobs.astype("<f2")
-        return seal(frame, [part.data for part in (*_pack_ids(ids, self.vocab_size), half)])
+        return seal(_PLAIN, _VERSIONS[_PLAIN], fields, [part.data for part in (*_pack_ids(ids, self.vocab_size), half)])
 
     @classmethod
     def decode(cls, blob: bytes) -> "TopKLogprobs":
@@ -93,11 +94,10 @@ class TopKLogprobs:
         Raises DataError for another magic or version, bytes that changed, a size that does not add up, ids outside
         the vocabulary, and log-probabilities that are NaN or +inf.
         """
-        frame = unseal(blob, _VERSIONS)
-        num_tokens, top_k, vocab_size = frame.num_tokens, frame.top_k, frame.vocab_size
-        body = memoryview(blob)[HEADER_NBYTES:]
-        if frame.magic == _COMPACT:
-            return cls(*_compact.decode(body, num_tokens, top_k, vocab_size), frame.temperature, vocab_size)
+        magic, fields, body = unseal(blob, _VERSIONS, "top-k")
+        num_tokens, top_k, temperature, vocab_size, num_draws = _FIELDS.unpack(fields)
+        if magic == _COMPACT:
+            return cls(*_compact.decode(body, num_tokens, top_k, vocab_size), temperature, vocab_size)
         count = num_tokens * top_k
         if len(body) != _body_nbytes(count, vocab_size):
             needed = HEADER_NBYTES + _body_nbytes(count, vocab_size)
@@ -109,10 +109,10 @@ class TopKLogprobs:
         if is_empty is not None:
             ids[is_empty] = -1
         shape = (num_tokens, top_k)
-        if 0 < frame.num_draws <= MAX_DRAWS:
+        if 0 < num_draws <= MAX_DRAWS:
             with np.errstate(divide="ignore"):
-                logprobs = np.log(np.rint(np.exp(logprobs) * frame.num_draws) / np.float32(frame.num_draws))
-        return cls(ids.reshape(shape), logprobs.reshape(shape), frame.temperature, vocab_size, frame.num_draws)
+                logprobs = np.log(np.rint(np.exp(logprobs) * num_draws) / np.float32(num_draws))
+        return cls(ids.reshape(shape), logprobs.reshape(shape), temperature, vocab_size, num_draws)
 
 
 def nbytes_per_token(k: int, vocab_size: int) -> int:

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-TOPK_LOGPROBS = "topk_logprobs"
+TOPK_LOGPROBS, HIDDEN_STATES = "topk_logprobs", "hidden_states"
 TOPK, SAMPLE = "topk", "sample"
 SELECTIONS = (TOPK, SAMPLE)
 
@@ -30,7 +30,8 @@ class Request:
     kind: str = TOPK_LOGPROBS
     """Payload kind, one of the engine's `provides`."""
     top_k: int = 64
-    """Entries per position, at most the vocabulary size; with selection `sample` the number of draws."""
+    """Entries per position, at most the vocabulary size; with selection `sample` the number of draws. This and what
+    follows is for top-k log-probabilities alone."""
     temperature: float = 1.0
     """Log-probabilities are log_softmax(logits / temperature) over the full vocabulary."""
     selection: str = TOPK
@@ -51,7 +52,7 @@ class Engine(Protocol):
     """The teacher's side of the contract; `tests/contract/test_engines.py` runs over every engine on disk."""
 
     provides: frozenset[str]
-    """Payload kinds it can answer with."""
+    """Payload kinds it can answer with; hidden states only where `is_local_model`: their head comes from there."""
     selections: frozenset[str]
     """Which of `SELECTIONS` it can make."""
     is_local_model: bool
@@ -79,6 +80,8 @@ def check_request(request: Request, provides: frozenset[str], selections: frozen
     """Refuse what no engine over this vocabulary could answer. Raises ValueError with the values allowed."""
     if request.kind not in provides:
         raise ValueError(f"the engine provides {', '.join(sorted(provides))}, not '{request.kind}'")
+    if request.kind == HIDDEN_STATES:
+        return
     if request.selection not in selections:
         raise ValueError(f"the engine selects by {', '.join(sorted(selections))}, not '{request.selection}'")
     if not 1 <= request.top_k <= vocab_size:

@@ -3,10 +3,12 @@
 Comes in: a pyarrow table of rows with teacher answers. Goes out: MicroBatch records on the CPU. Runs in the feed's
 thread, so decoding (about 1 us a token) never holds the training thread.
 
-Legend: B rows, T tokens a row, M target positions of the micro-batch, K top-k.
+Legend: B rows, T tokens a row, M target positions of the micro-batch, K top-k, D width of the teacher.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +16,10 @@ import torch
 from numpy.typing import NDArray
 
 from ray_kd import schema
-from ray_kd.payloads.topk_logprobs import TopKLogprobs
+from ray_kd.payloads import HiddenStates, TopKLogprobs
+
+if TYPE_CHECKING:
+    from ray_kd.trainer.feed import Expected
 
 
 @dataclass(frozen=True)
@@ -25,8 +30,7 @@ class MicroBatch:
     position_ids: torch.Tensor  # int64 [B, T]
     targets: torch.Tensor  # int64 [M], indices into the flattened [B * T] positions
     labels: torch.Tensor  # int64 [M], the token each target position predicts
-    teacher_ids: torch.Tensor  # int64 [M, K]
-    teacher_logprobs: torch.Tensor  # float32 [M, K], full vocabulary, at the payload's temperature
+    teacher: dict[str, torch.Tensor]  # what the teacher said, by the names of the loss's arguments
     slots: NDArray[np.int64]  # [B]
     row_ids: NDArray[np.int64]  # [B], -1 for dummies
     errors: list[str]  # [B], why the teacher's answer was refused, "" when it was not
@@ -35,11 +39,10 @@ class MicroBatch:
     teacher_busy_s: float
 
 
-def collate(rows: pa.Table, top_k: int, temperature: float) -> MicroBatch:
+def collate(rows: pa.Table, expected: "Expected") -> MicroBatch:
     """Build one micro-batch.
 
-    temperature: the loss's, which the payloads must have been taken at. Raises ValueError when one was not, or is
-    unreadable (see the payload's decode).
+    Raises ValueError for a payload that is not what the loss expects, or unreadable (see its decode).
 
     Rows of weight 0 (dummies, refused answers) go through the decoder but have no target position.
     """
@@ -48,18 +51,11 @@ def collate(rows: pa.Table, top_k: int, temperature: float) -> MicroBatch:
     labels = np.where(weight[:, None] > 0, columns[schema.LABELS], schema.IGNORED_LABEL)
     is_target = schema.target_positions(labels, position_ids)
 
-    ids, logprobs, nbytes = [np.empty((0, top_k), np.int64)], [np.empty((0, top_k), np.float32)], 0
-    for place, encoded in enumerate(rows.column(schema.TEACHER_PAYLOAD).to_pylist()):
-        if weight[place] == 0:
-            continue
-        payload = TopKLogprobs.decode(encoded)
-        if payload.temperature != temperature:
-            raise ValueError(f"payload at temperature {payload.temperature}, the loss is at {temperature}")
-        expected = (int(is_target[place].sum()), top_k)
-        assert payload.ids.shape == expected, f"payload {payload.ids.shape} for targets {expected}: alignment is broken"
-        ids.append(payload.ids.astype(np.int64))
-        logprobs.append(payload.logprobs)
-        nbytes += len(encoded)
+    payloads = rows.column(schema.TEACHER_PAYLOAD).to_pylist()
+    used = np.flatnonzero(weight > 0)
+    teacher = _TEACHER[expected.payload](
+        [payloads[place] for place in used], is_target[used].sum(axis=1).tolist(), expected
+    )
 
     targets = np.flatnonzero(is_target.reshape(-1))
     return MicroBatch(
@@ -67,15 +63,51 @@ def collate(rows: pa.Table, top_k: int, temperature: float) -> MicroBatch:
         position_ids=torch.from_numpy(position_ids.astype(np.int64)),
         targets=torch.from_numpy(targets),
         labels=torch.from_numpy(schema.next_labels(labels).reshape(-1)[targets].astype(np.int64)),
-        teacher_ids=torch.from_numpy(np.concatenate(ids)),
-        teacher_logprobs=torch.from_numpy(np.concatenate(logprobs)),
+        teacher=teacher,
         slots=columns[schema.SLOT],
         row_ids=columns[schema.ROW_ID],
         errors=rows.column(schema.TEACHER_ERROR).to_pylist(),
         num_tokens=_count_tokens(position_ids, labels, weight),
-        payload_nbytes=nbytes,
+        payload_nbytes=sum(len(payloads[place]) for place in used),
         teacher_busy_s=float(columns[schema.TEACHER_BUSY_S].sum()),
     )
+
+
+def _topk(blobs: list[bytes], counts: list[int], expected: "Expected") -> dict[str, torch.Tensor]:
+    """teacher_ids int64 [M, K], and teacher_logprobs float32 [M, K]: full vocabulary, at the loss's temperature."""
+    ids, logprobs = [np.empty((0, expected.width), np.int64)], [np.empty((0, expected.width), np.float32)]
+    for blob, count in zip(blobs, counts, strict=True):
+        payload = TopKLogprobs.decode(blob)
+        if payload.temperature != expected.temperature:
+            raise ValueError(f"payload at temperature {payload.temperature}, the loss is at {expected.temperature}")
+        _check_shape(payload.ids.shape, count, expected)
+        ids.append(payload.ids.astype(np.int64))
+        logprobs.append(payload.logprobs)
+    return {
+        "teacher_ids": torch.from_numpy(np.concatenate(ids)),
+        "teacher_logprobs": torch.from_numpy(np.concatenate(logprobs)),
+    }
+
+
+def _hidden(blobs: list[bytes], counts: list[int], expected: "Expected") -> dict[str, torch.Tensor]:
+    """teacher_hidden bfloat16 [M, D]."""
+    bits = [np.empty((0, expected.width), np.uint16)]
+    for blob, count in zip(blobs, counts, strict=True):
+        payload = HiddenStates.decode(blob)
+        _check_shape(payload.bits.shape, count, expected)
+        bits.append(payload.bits)
+    return {"teacher_hidden": torch.from_numpy(np.concatenate(bits)).view(torch.bfloat16)}
+
+
+_TEACHER: dict[str, Callable[[list[bytes], list[int], "Expected"], dict[str, torch.Tensor]]] = {
+    "topk_logprobs": _topk,
+    "hidden_states": _hidden,
+}
+"""Payload kind -> decoded payloads of some rows, one behind the other, given how many targets each row has."""
+
+
+def _check_shape(shape: tuple[int, ...], count: int, expected: "Expected") -> None:
+    assert shape == (count, expected.width), f"payload {shape} for {(count, expected.width)}: alignment is broken"
 
 
 def _count_tokens(position_ids: np.ndarray, labels: np.ndarray, weight: np.ndarray) -> int:

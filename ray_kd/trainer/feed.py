@@ -9,6 +9,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ray_kd.errors import RetryableError
@@ -17,6 +18,18 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from ray_kd.trainer.collate import MicroBatch
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What the loss expects of every payload."""
+
+    payload: str
+    """Kind: topk_logprobs or hidden_states."""
+    width: int
+    """K log-probabilities, or the width D of the teacher's hidden states."""
+    temperature: float
+    """The loss's, which log-probabilities must have been taken at."""
 
 
 _QUEUED_MICRO_BATCHES = 4  # decoded ahead of the step; more would add to the run-ahead, and hide nothing
@@ -30,15 +43,13 @@ class Feed:
     """
 
     def __init__(
-        self, blocks: Callable[[], Iterable["pa.Table"]], *, micro_batch_size: int, accumulation: int, top_k: int,
-        temperature: float,
-        timeout_s: float,
+        self, blocks: Callable[[], Iterable["pa.Table"]], *, micro_batch_size: int, accumulation: int,
+        expected: Expected, timeout_s: float,
     ) -> None:  # fmt: skip
         self._blocks = blocks
         self._micro_batch_size = micro_batch_size
         self._accumulation = accumulation
-        self._top_k = top_k
-        self._temperature = temperature
+        self._expected = expected
         self._timeout_s = timeout_s
         self._queue: queue.Queue[Any] = queue.Queue(maxsize=_QUEUED_MICRO_BATCHES)
         self._stopped = threading.Event()
@@ -80,7 +91,7 @@ class Feed:
 
         for block in self._blocks():
             for start in range(0, block.num_rows, self._micro_batch_size):
-                yield collate(block.slice(start, self._micro_batch_size), self._top_k, self._temperature)
+                yield collate(block.slice(start, self._micro_batch_size), self._expected)
 
     def _put(self, item: Any) -> bool:
         while not self._stopped.is_set():

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ray_kd import refusal, storage
 from ray_kd.config import Student, Train
 from ray_kd.locks import Held, writer_lock
-from ray_kd.trainer.feed import Feed
+from ray_kd.trainer.feed import Expected, Feed
 from ray_kd.trainer.schedule import learning_rate
 
 if TYPE_CHECKING:
@@ -48,9 +48,12 @@ class TrainSpec:
     student_path: str
     student: Student
     train: Train
-    loss_options: dict[str, Any]  # keyword arguments of fused_linear_kd_loss
+    loss_options: dict[str, Any]  # keyword arguments of fused_linear_kd_loss, or of its dense sister
     seed: int
-    top_k: int
+    expected: Expected
+    """Of every payload of the stream."""
+    teacher_head: str | None
+    """Folder of the teacher's head (`models.load_head`), for a teacher that sends hidden states."""
     block_rows: int
     threads: int
     num_rows: int
@@ -71,8 +74,7 @@ def train(spec: TrainSpec) -> None:
         lambda: shard.iter_batches(batch_size=spec.block_rows, batch_format="pyarrow", prefetch_batches=1),
         micro_batch_size=spec.train.micro_batch_size,
         accumulation=spec.train.global_batch_size // (world * spec.train.micro_batch_size),
-        top_k=spec.top_k,
-        temperature=spec.loss_options["temperature"],
+        expected=spec.expected,
         timeout_s=spec.train.timeout_s,
     )
     run_dir = storage.path(spec.run_dir)
@@ -152,8 +154,9 @@ def _build_engine(spec: TrainSpec, rank: int, world: int) -> tuple[Any, "torch.d
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if spec.student.liger == "auto" and device.type == "cuda":
         models.apply_liger(student)
+    teacher_head = None if spec.teacher_head is None else models.load_head(spec.teacher_head, device)
     engine = zero.initialize(
-        DistillModule(student, spec.loss_options),
+        DistillModule(student, spec.loss_options, teacher_head),
         zero.deepspeed_config(
             zero_stage=options.zero_stage,
             micro_batch_size=options.micro_batch_size,

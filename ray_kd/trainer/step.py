@@ -5,8 +5,9 @@ inside the loss; `zero.backward` holds the only compensation for DeepSpeed's ave
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +17,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ray_kd import models
-from ray_kd.losses import fused_linear_kd_loss
+from ray_kd.head import Head
+from ray_kd.losses import LossOutput, fused_linear_dense_kd_loss, fused_linear_kd_loss
 from ray_kd.trainer import zero
 
 if TYPE_CHECKING:
@@ -29,12 +31,16 @@ class DistillModule(nn.Module):
     """Student decoder without its head, then the fused loss on `lm_head.weight`: [B, T, V] never exists.
 
     loss_options: keyword arguments of `fused_linear_kd_loss` (divergence, tail, temperature, weights, chunk_size).
+    teacher_head: for a teacher that sends hidden states, on the student's device; then `fused_linear_dense_kd_loss` is
+    the loss, which has no tail. It is none of the module's parameters: nothing partitions, trains or saves it.
     """
 
-    def __init__(self, student: nn.Module, loss_options: dict[str, Any]) -> None:
+    def __init__(self, student: nn.Module, loss_options: dict[str, Any], teacher_head: Head | None = None) -> None:
         super().__init__()
         self.student = student
-        self._loss_options = loss_options
+        self._loss: Callable[..., LossOutput] = partial(fused_linear_kd_loss, **loss_options)
+        if teacher_head is not None:
+            self._loss = partial(fused_linear_dense_kd_loss, teacher_head=teacher_head, **loss_options)
         self.metrics: dict[str, torch.Tensor] = {}
 
     def forward(
@@ -49,15 +55,13 @@ class DistillModule(nn.Module):
         if micro_batch is None:
             return hidden
         head = models.base_causal_lm(self.student).get_output_embeddings()
-        out = fused_linear_kd_loss(
+        out = self._loss(
             hidden.flatten(0, 1)[micro_batch.targets.to(hidden.device)],
             head.weight,
-            micro_batch.teacher_ids.to(hidden.device),
-            micro_batch.teacher_logprobs.to(hidden.device),
-            micro_batch.labels.to(hidden.device),
+            labels=micro_batch.labels.to(hidden.device),
             lm_head_bias=head.bias,
             num_valid_tokens=num_valid_tokens,
-            **self._loss_options,
+            **{name: tensor.to(hidden.device) for name, tensor in micro_batch.teacher.items()},
         )
         self.metrics = {**out.metrics, "loss": out.loss.detach()}
         return out.loss

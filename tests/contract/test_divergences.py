@@ -8,7 +8,7 @@ import torch
 
 from ray_kd import plugins
 from ray_kd.losses import fused_linear_kd_loss
-from tests.reference.kd_batch import draw, grads_of, with_grads
+from tests.reference.kd_batch import draw, grads_of, kinds, with_grads
 from tests.reference.kd_loss import REFERENCES, kd_loss
 
 GROUP = "losses.divergences"
@@ -21,7 +21,7 @@ def numeric_options(module):
 
 def configs():
     """Every kind with its default Config, and with other values of every numeric option that takes them."""
-    for kind in plugins.available(GROUP):
+    for kind in kinds():
         module = plugins.load(GROUP, kind)
         yield pytest.param(module, module.Config(), id=kind)
         for name in numeric_options(module):
@@ -47,7 +47,7 @@ def test_the_divergences_of_the_design_are_found():
 
 def test_every_numeric_option_was_tried_at_several_values():
     tried = [(param.values[0].__name__, dataclasses.asdict(param.values[1])) for param in configs()]
-    for kind in plugins.available(GROUP):
+    for kind in kinds():
         module = plugins.load(GROUP, kind)
         for name in numeric_options(module):
             values = {options[name] for tried_kind, options in tried if tried_kind == module.__name__}
@@ -168,6 +168,40 @@ def test_where_drop_is_named_the_best_student_has_the_teachers_proportions_and_a
     near = same_proportions[value.argmin()] - 0.01 * torch.rand(20_000, 6, dtype=torch.float64)
     for student in (others, near):
         assert (module.divergence(student, log_q.expand_as(student), config)[0] > value.min()).all()
+
+
+every_logit_kind = pytest.mark.parametrize("kind", kinds(of_logits=True))
+
+
+@every_logit_kind
+def test_of_logits_the_score_is_the_derivative_by_them(kind):
+    module = plugins.load(GROUP, kind)
+    torch.manual_seed(0)
+    u, v = torch.randn(2, 6, 5, dtype=torch.float64)
+    u.requires_grad_()
+    value, score = module.divergence(u, v, module.Config())
+    (expected,) = torch.autograd.grad(value.sum(), u)
+    assert value.shape == (6,)
+    torch.testing.assert_close(score.detach(), expected, rtol=1e-9, atol=1e-12)
+    assert (value > 0).all()
+    agreed, no_score = module.divergence(v, v, module.Config())
+    torch.testing.assert_close(agreed, torch.zeros_like(agreed), rtol=0, atol=1e-12)
+    torch.testing.assert_close(no_score, torch.zeros_like(v), rtol=0, atol=1e-12)
+
+
+@every_logit_kind
+def test_of_logits_it_stays_finite_reads_nothing_and_is_refused_on_the_top_k(kind):
+    module = plugins.load(GROUP, kind)
+    for u, v in ((torch.zeros(2, 5), torch.ones(2, 5)), (torch.full((2, 5), 1e4), torch.full((2, 5), -1e4))):
+        value, score = module.divergence(u, v, module.Config())
+        assert torch.isfinite(value).all()
+        assert torch.isfinite(score).all()
+    meta = torch.empty(4, 7, device="meta")
+    value, score = module.divergence(meta, meta, module.Config())
+    assert (value.shape, score.shape) == ((4,), (4, 7))
+    for tail in TAILS:
+        with pytest.raises(ValueError, match=f"'{kind}' compares whole logits"):
+            fused_linear_kd_loss(**draw(), divergence=kind, tail=tail)
 
 
 def test_beta_selects_the_three_divergences_in_one_kind():

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from ray_kd import models, plugins, schema
-from ray_kd.payloads.topk_logprobs import TopKLogprobs
-from ray_kd.teacher.engine import TOPK_LOGPROBS, Request, RowError, check_request
+from ray_kd.payloads import HiddenStates, TopKLogprobs
+from ray_kd.teacher.engine import HIDDEN_STATES, TOPK_LOGPROBS, Request, RowError, check_request
 from tests.tiny import VOCAB_SIZE, tiny_llama
 
 T, ROWS = 20, 5
@@ -42,6 +42,10 @@ def build(kind: str, model_path: Path, batch_size: int = 2, **options: Any) -> A
     return module.Engine(
         config, model=str(model_path), revision=None, dtype="float32", device="cpu", batch_size=batch_size
     )
+
+
+def provides(kind: str) -> frozenset[str]:
+    return plugins.load("teacher.engines", kind).Engine.provides
 
 
 def full_logprobs(kind: str, engine: Any, model_path: Path, ids: np.ndarray, temperature: float) -> np.ndarray:
@@ -115,7 +119,7 @@ def test_requests_that_cannot_be_served_are_refused(kind, model_path, rows) -> N
     engine = build(kind, model_path)
     assert TOPK_LOGPROBS in engine.provides
     for request, message in (
-        (Request(kind="attention"), "provides topk_logprobs, not 'attention'"),
+        (Request(kind="attention"), "provides .*topk_logprobs, not 'attention'"),
         (Request(selection="greedy"), "selects by .*not 'greedy'"),
         (Request(top_k=VOCAB_SIZE + 1), "allowed: 1 to the vocabulary size 259"),
         (Request(top_k=0), "allowed: 1 to"),
@@ -123,6 +127,22 @@ def test_requests_that_cannot_be_served_are_refused(kind, model_path, rows) -> N
     ):
         with pytest.raises(ValueError, match=message):
             engine.annotate(rows, request)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in CASES if HIDDEN_STATES in provides(kind)])
+def test_hidden_states_with_the_models_head_are_its_distribution(kind, model_path, rows) -> None:
+    engine = build(kind, model_path)
+    assert engine.is_local_model
+    head = models.head_of(models.load_causal_lm(str(model_path)))
+    expected = expected_rows(kind, engine, model_path, rows, 1.0)
+    # The tokens asked for and their temperature are not those of this kind of payload.
+    answers = engine.annotate(rows, Request(kind=HIDDEN_STATES, top_k=10**6))
+    for answer, full in zip(answers, expected, strict=True):
+        assert isinstance(answer, HiddenStates)
+        decoded = HiddenStates.decode(answer.encode())
+        logits = head.logits(torch.from_numpy(decoded.bits.copy()).view(torch.bfloat16)).double()
+        # bfloat16 keeps 8 bits of each of the products' factors.
+        np.testing.assert_allclose(logits.log_softmax(-1).numpy(), full, atol=0.05)
 
 
 @pytest.mark.parametrize("kind", CASES)
@@ -188,6 +208,10 @@ def test_a_broken_row_is_reported_alone(kind, model_path, rows) -> None:
         answers = engine.annotate(broken, Request(top_k=4, selection=selection))
         assert [isinstance(answer, RowError) for answer in answers] == [False, True, False, False, False]
         assert "not finite" in answers[1].reason
+    if HIDDEN_STATES in engine.provides:
+        answers = engine.annotate(broken, Request(kind=HIDDEN_STATES))
+        assert [isinstance(answer, RowError) for answer in answers] == [False, True, False, False, False]
+        assert "not finite at" in answers[1].reason
 
 
 def test_fake_can_fail_and_be_slow(model_path, rows) -> None:

@@ -3,6 +3,19 @@
 import torch
 from torch import Tensor
 
+from ray_kd import plugins
+
+_GROUP = "losses.divergences"
+
+
+def kinds(of_logits: bool = False) -> list[str]:
+    """The divergences on disk between probabilities, or those between logits."""
+    return [
+        kind
+        for kind in plugins.available(_GROUP)
+        if getattr(plugins.load(_GROUP, kind).Config, "compares_logits", False) == of_logits
+    ]
+
 
 def draw(
     num_tokens=7,

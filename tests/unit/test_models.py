@@ -108,6 +108,16 @@ def test_a_head_with_an_unknown_multiplier_is_refused() -> None:
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_head_kept_apart_makes_the_same_logits(name: str, tmp_path: Path) -> None:
+    head = models.head_of(random_model(name, ARCHITECTURES[name]))
+    assert models.head_shape(tmp_path / "head") is None
+    models.save_head(head, tmp_path / "head")
+    loaded, hidden = models.load_head(str(tmp_path / "head")), torch.randn(5, head.width)
+    assert torch.equal(loaded.logits(hidden), head.logits(hidden))
+    assert models.head_shape(tmp_path / "head") == models.HeadShape(head.vocab_size, head.width)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_students_need_a_plain_head(name: str) -> None:
     model = random_model(name, ARCHITECTURES[name])
     if name in PLAIN_HEADS:

@@ -49,6 +49,7 @@ IDENTITY = [
     "teacher.revision=v2",
     "teacher.engine=fake",
     "teacher.top_k=8",
+    "teacher.payload=hidden_states",
     "teacher.selection=sample",
     "teacher.dtype=bfloat16",
     "teacher.wire=compact",

@@ -5,9 +5,10 @@ import shutil
 
 import pytest
 
-from ray_kd import config, plugins
+from ray_kd import config
 from ray_kd.errors import ConfigError
 from ray_kd.validate import check_data, validate
+from tests.reference.kd_batch import kinds
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 
@@ -169,7 +170,7 @@ def test_the_largest_pool_is_not_below_the_smallest(load):
 
 
 @pytest.mark.parametrize("tail", ["bucket", "renormalize", "drop"])
-@pytest.mark.parametrize("divergence", plugins.available("losses.divergences"))
+@pytest.mark.parametrize("divergence", kinds())
 def test_dropping_the_tail_is_for_divergences_that_keep_an_optimum(load, divergence, tail):
     given = load(f"loss.divergence={divergence}", f"loss.tail={tail}")
     if tail != "drop" or divergence in ("forward_kl", "skew_forward_kl", "total_variation", "alpha_divergence"):
@@ -198,9 +199,49 @@ def test_an_engine_that_cannot_draw_is_refused(load, monkeypatch):
 
     monkeypatch.setattr(hf.Engine, "selections", frozenset({"topk"}))
     with pytest.raises(
-        ConfigError, match=r"^teacher\.selection is 'sample': allowed with teacher\.engine 'hf' is topk$"
+        ConfigError, match=r"^teacher\.selection is 'sample': allowed is topk with teacher\.engine 'hf'$"
     ):
         validate(load("teacher.selection=sample", "loss.tail=drop"))
+
+
+def test_an_engine_written_before_the_draws_selects_the_top_k(load, monkeypatch):
+    from ray_kd.teacher.engines import hf
+
+    monkeypatch.delattr(hf.Engine, "selections")
+    validate(load())
+    with pytest.raises(
+        ConfigError, match=r"^teacher\.selection is 'sample': allowed is topk with teacher\.engine 'hf'$"
+    ):
+        validate(load("teacher.selection=sample", "loss.tail=drop"))
+
+
+@pytest.mark.parametrize("divergence", [*kinds(), *kinds(of_logits=True)])
+def test_hidden_states_take_every_divergence_and_no_tail(load, divergence):
+    validate(load("teacher.payload=hidden_states", f"loss.divergence={divergence}", "loss.tail=drop"))
+
+
+def test_what_goes_with_hidden_states_is_said(load, caplog, monkeypatch):
+    for override, message in (
+        ("teacher.wire=compact", r"^teacher\.wire is 'compact': allowed is plain with teacher\.payload=hidden_states$"),
+        (
+            "teacher.selection=sample",
+            r"^teacher\.selection is 'sample': allowed is topk with teacher\.payload=hidden_s",
+        ),
+        (
+            "teacher.engine=fake",
+            r"^teacher\.payload is 'hidden_states': allowed is topk_logprobs with teacher\.engine 'fa",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            validate(load("teacher.payload=hidden_states", override))
+    with pytest.raises(ConfigError, match=r"^teacher\.payload is 'logits': allowed is topk_logprobs \| hidden_states$"):
+        validate(load("teacher.payload=logits"))
+    for kind in kinds(of_logits=True):
+        with pytest.raises(ConfigError, match=f"'{kind}' compares whole logits.*teacher.payload=hidden_states"):
+            validate(load(f"loss.divergence={kind}"))
+    with caplog.at_level(logging.WARNING):
+        validate(load("teacher.payload=hidden_states", "loss.tail=drop"))
+    assert "loss.tail has no effect: teacher.payload=hidden_states leaves no tail" in caplog.text
 
 
 def test_gpus_of_a_cluster_are_not_looked_for_here(load, monkeypatch):

@@ -8,11 +8,23 @@ from numpy.typing import NDArray
 
 from ray_kd import schema
 from ray_kd.models import check_architecture, decoder_hidden, head_of, load_causal_lm
-from ray_kd.payloads.topk_logprobs import TopKLogprobs
+from ray_kd.payloads import HiddenStates, TopKLogprobs
 from ray_kd.teacher import draws
-from ray_kd.teacher.engine import SAMPLE, SELECTIONS, TOPK_LOGPROBS, Request, RowError, Rows, check_request, rows_in
+from ray_kd.teacher.engine import (
+    HIDDEN_STATES,
+    SAMPLE,
+    SELECTIONS,
+    TOPK_LOGPROBS,
+    Request,
+    RowError,
+    Rows,
+    check_request,
+    rows_in,
+)
 from ray_kd.teacher.sample import sample_tokens
 from ray_kd.teacher.topk import topk_logprobs
+
+Answer = TopKLogprobs | HiddenStates | RowError
 
 
 @dataclass
@@ -26,7 +38,7 @@ class Config:
 class Engine:
     """Loads the model once; at most `batch_size` rows go through the decoder together."""
 
-    provides = frozenset({TOPK_LOGPROBS})
+    provides = frozenset({TOPK_LOGPROBS, HIDDEN_STATES})
     selections = frozenset(SELECTIONS)
     is_local_model = True
 
@@ -47,10 +59,10 @@ class Engine:
         self._batch_size = batch_size
         self._chunk_size = config.chunk_size
 
-    def annotate(self, rows: Rows, request: Request) -> list[TopKLogprobs | RowError]:
+    def annotate(self, rows: Rows, request: Request) -> list[Answer]:
         """One payload per row, in order; a row with a non-finite value anywhere is a RowError of its own."""
         check_request(request, self.provides, self.selections, self._head.vocab_size)
-        answers: list[TopKLogprobs | RowError] = []
+        answers: list[Answer] = []
         for start in range(0, rows_in(rows), self._batch_size):
             batch = {name: np.asarray(column)[start : start + self._batch_size] for name, column in rows.items()}
             answers.extend(self._annotate_batch(batch, request))
@@ -62,13 +74,15 @@ class Engine:
         self.__dict__.pop("_head", None)
 
     @torch.inference_mode()
-    def _annotate_batch(self, rows: Rows, request: Request) -> list[TopKLogprobs | RowError]:
+    def _annotate_batch(self, rows: Rows, request: Request) -> list[Answer]:
         targets = schema.target_positions(rows[schema.LABELS], rows[schema.POSITION_IDS])
         counts = targets.sum(axis=1)
         hidden = self._target_hidden(rows, targets)
+        if request.kind == HIDDEN_STATES:
+            return [_hidden_states(own) for own in hidden.split(counts.tolist())]
         ids_MK, logprobs_MK = self._select(hidden, rows, counts, request)
         num_draws = request.top_k if request.selection == SAMPLE else 0
-        answers: list[TopKLogprobs | RowError] = []
+        answers: list[Answer] = []
         for start, end in zip(np.cumsum(counts) - counts, np.cumsum(counts), strict=True):
             own = logprobs_MK[start:end]
             # -inf is a probability of zero (a head that masks tokens); NaN or +inf is a broken forward.
@@ -110,3 +124,13 @@ class Engine:
             torch.tensor(rows[schema.POSITION_IDS], device=weight.device),
         )
         return hidden[torch.from_numpy(targets).to(weight.device)]
+
+
+def _hidden_states(hidden: torch.Tensor) -> HiddenStates | RowError:
+    """[M, D] of one row, rounded to bfloat16."""
+    rounded = hidden.to(torch.bfloat16)
+    is_finite = torch.isfinite(rounded).all(dim=-1)
+    if not bool(is_finite.all()):
+        bad = int((~is_finite).sum())
+        return RowError(f"the teacher's hidden states are not finite at {bad} of {len(hidden)} tokens")
+    return HiddenStates(rounded.cpu().view(torch.uint16).numpy())

@@ -7,14 +7,13 @@ import sys
 import pytest
 import torch
 
-from ray_kd import plugins
 from ray_kd.losses import fused_linear_kd_loss
 from ray_kd.losses.divergences import jsd
 from ray_kd.losses.sparse_chunk import _padded_distinct_ids, distinct_ids
-from tests.reference.kd_batch import draw, grads_of, with_grads
+from tests.reference.kd_batch import draw, grads_of, kinds, with_grads
 from tests.reference.kd_loss import REFERENCES, kd_loss
 
-KINDS = plugins.available("losses.divergences")
+KINDS = kinds()
 DENSE = {"divergence": "forward_kl", "tail": "bucket", "ce_weight": 0.5}
 SPARSE = {"divergence": "jsd", "tail": "renormalize"}
 both_paths = pytest.mark.parametrize("options", [DENSE, SPARSE], ids=["dense", "sparse"])
@@ -86,6 +85,31 @@ def test_nothing_to_learn_from_is_a_zero_loss_with_zero_gradients(options, num_r
     for name, grad in grads_of(leaves).items():
         assert grad.shape == leaves[name].shape
         assert not grad.any()
+
+
+@both_paths
+def test_tensors_need_not_be_contiguous(options):
+    batch = draw(with_empty=True)
+    strided = {
+        name: torch.stack([value, value], -1)[..., 0] if isinstance(value, torch.Tensor) else value
+        for name, value in batch.items()
+    }
+    strided["lm_head_weight"] = batch["lm_head_weight"].t().contiguous().t()
+    assert not any(value.is_contiguous() for value in strided.values() if value is not None)
+    expected, got = with_grads(batch), with_grads(strided)
+    for leaves in (expected, got):
+        fused_linear_kd_loss(**leaves, **options).loss.backward()
+    for name, grad in grads_of(got).items():
+        torch.testing.assert_close(grad, grads_of(expected)[name], rtol=1e-12, atol=1e-14)
+
+
+@both_paths
+def test_a_mass_a_little_over_one_is_rounding(options):
+    """Log-probabilities that went through bf16."""
+    batch = draw(vocab_size=40, top_k=40, dtype=torch.float32)
+    batch["teacher_logprobs"] = batch["teacher_logprobs"].bfloat16().float()
+    assert float(batch["teacher_logprobs"].exp().sum(-1).max()) > 1
+    assert torch.isfinite(fused_linear_kd_loss(**batch, **options).loss)
 
 
 @both_paths
@@ -350,6 +374,10 @@ REFUSED = {
     "hidden_rank": ({"hidden": torch.zeros(7, 1, 5, dtype=torch.float64)}, r"\[7, 1, 5\]"),
     "bias_shape": ({"lm_head_bias": torch.zeros(18, dtype=torch.float64)}, r"\[18\].*19"),
     "mixed_dtypes": ({"hidden": torch.zeros(7, 5)}, "float32.*float64"),
+    "another_device": (
+        {"teacher_ids": torch.zeros(7, 4, dtype=torch.long, device="meta")},
+        "teacher_ids is on meta.*cpu",
+    ),
     "labels_shape": ({"labels": torch.zeros(6, dtype=torch.long)}, r"\[6\].*N = 7"),
     "logprobs_shape": ({"teacher_logprobs": torch.zeros(7, 3)}, r"\[7, 3\]"),
     "float_ids": ({"teacher_ids": torch.zeros(7, 4)}, "float32.*integers"),
@@ -361,6 +389,13 @@ REFUSED = {
     "label_outside_vocabulary": ({"labels": torch.full((7,), 19)}, "19.*18"),
     "negative_label": ({"labels": torch.full((7,), -1)}, "-1.*-100"),
     "nan_logprobs": ({"teacher_logprobs": torch.full((7, 4), math.nan)}, "NaN"),
+    "infinite_logprobs": ({"teacher_logprobs": torch.full((7, 4), math.inf)}, "mass of inf"),
+    "logits_for_logprobs": ({"teacher_logprobs": torch.zeros(7, 4)}, r"mass of 4; allowed: up to 1\.05.*not logits"),
+    "no_teacher_tokens": (
+        {"teacher_ids": torch.zeros(7, 0, dtype=torch.long), "teacher_logprobs": torch.zeros(7, 0)},
+        "K = 0.*1 to",
+    ),
+    "needs_whole_logits": ({"divergence": "cosine"}, "'cosine' compares whole logits.*teacher.payload=hidden_states"),
     "repeated_ids": ({"teacher_ids": torch.zeros(7, 4, dtype=torch.long), "validate": True}, "repeat"),
 }
 

@@ -13,7 +13,7 @@ from ray_kd.trainer import collate, feed
 @pytest.fixture(autouse=True)
 def _plain_rows(monkeypatch):
     """Rows of one number: what collate does has tests of its own."""
-    monkeypatch.setattr(collate, "collate", lambda rows, top_k, temperature: rows.column("x").to_pylist())
+    monkeypatch.setattr(collate, "collate", lambda rows, expected: rows.column("x").to_pylist())
 
 
 def blocks(*sizes):
@@ -25,7 +25,11 @@ def blocks(*sizes):
 
 def make(source, accumulation=2, timeout_s=5.0):
     return feed.Feed(
-        source, micro_batch_size=2, accumulation=accumulation, top_k=1, temperature=1.0, timeout_s=timeout_s
+        source,
+        micro_batch_size=2,
+        accumulation=accumulation,
+        timeout_s=timeout_s,
+        expected=feed.Expected("topk_logprobs", 1, 1.0),
     )
 
 

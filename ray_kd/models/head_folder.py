@@ -1,0 +1,54 @@
+"""A head kept apart from its model, for who needs the teacher's logits and not the teacher.
+
+A folder of head.safetensors (weight [V, D] in the model's dtype, bias [V] where there is one) and head.json
+(vocab_size, width, softcap, scale), which is written last.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from ray_kd import storage
+from ray_kd.head import Head
+from ray_kd.models.folder import atomic_folder
+
+WEIGHTS, DESCRIPTION = "head.safetensors", "head.json"
+
+
+@dataclass(frozen=True)
+class HeadShape:
+    """What is known of a saved head without loading it."""
+
+    vocab_size: int
+    width: int
+
+
+def save_head(head: Head, folder: Path) -> None:
+    """Write it there, whole or not at all."""
+    tensors = {"weight": head.weight} | ({} if head.bias is None else {"bias": head.bias})
+    # Clones: a tied weight is a view of memory that is not its own.
+    own = {name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}
+    about = {"vocab_size": head.vocab_size, "width": head.width, "softcap": head.softcap, "scale": head.scale}
+    with atomic_folder(folder) as draft:
+        save_file(own, draft / WEIGHTS)
+        (draft / DESCRIPTION).write_text(json.dumps(about) + "\n", encoding="utf-8")
+
+
+def head_shape(folder: Path) -> HeadShape | None:
+    """The shape of the head saved there, None where there is none."""
+    path = folder / DESCRIPTION
+    if not path.exists():
+        return None
+    about = json.loads(storage.read_text(path))
+    return HeadShape(about["vocab_size"], about["width"])
+
+
+def load_head(folder: str, device: torch.device | str = "cpu") -> Head:
+    """A saved head, from a path or a URI."""
+    local = storage.fetch(folder, marker=DESCRIPTION)
+    about = json.loads((local / DESCRIPTION).read_text(encoding="utf-8"))
+    tensors = load_file(local / WEIGHTS, device=str(device))
+    return Head(tensors["weight"], tensors.get("bias"), about["softcap"], about["scale"])
