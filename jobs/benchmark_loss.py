@@ -1,13 +1,15 @@
 """The loss against its own floor: time, memory and gradient error, beside other ways to compute the same thing.
 
-    jobs/benchmark_loss.py [--shapes 1024x576x49152 ...] [--dtypes float32 bfloat16] [--threads 1] [--out FILE]
+    jobs/benchmark_loss.py [--shapes 1024x576x49152 ...] [--dtypes float32 bfloat16] [--threads 1]
+                           [--out FILE.json] [--plot FILE.png]
 
 time / floor     forward and backward over the products alone (logits, d hidden, d weight; two with --frozen-head). All
                  take turns, and the ratio is the median over the rounds of the ratio within a round (with quartiles).
 memory           (inputs + peak above them) / (inputs + gradients), of resident memory, in a process of its own.
 error            largest error of d hidden and d weight over the largest entry, against float64 (small shapes only).
 
-Liger's loss compares whole distributions: its time has the teacher's product too, its gradient is another one's.
+The dense ones (ours and Liger's) compare whole distributions: their time has the teacher's product too, which is not in
+the floor, and their gradient is another one's.
 """
 
 import argparse
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ray_kd.benchmarks.loss import CANDIDATES, Floor, Setting, draw, gradient_errors, peak_over_inputs, step
+from ray_kd.benchmarks.plot import Bar, grouped_bars
 from ray_kd.benchmarks.timing import in_turns
 from ray_kd.cli import Parser
 
@@ -37,6 +40,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw time / floor, as .png, .svg or .pdf")
     parser.add_argument("--peak", nargs=2, metavar=("CANDIDATE", "SETTING"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     import torch
@@ -60,7 +64,19 @@ def main() -> int:
                 rows += measure(setting, options.candidates, options.rounds)
     if options.out is not None:
         options.out.write_text(json.dumps(rows, indent=1) + "\n")
+    if options.plot is not None:
+        plot(options.plot, rows, options.candidates)
     return 0
+
+
+def plot(path: Path, rows: list[dict[str, Any]], names: list[str]) -> None:
+    """One group of bars a setting."""
+    settings = rows[:: len(names)]
+    groups = [
+        f"{r['num_tokens']}x{r['width']}x{r['vocab_size']}\n{r['dtype']}\nT = {r['temperature']:g}" for r in settings
+    ]
+    bars = {name: [Bar(r["ratio"], r["low"], r["high"]) for r in rows if r["candidate"] == name] for name in names}
+    grouped_bars(path, groups, bars, "time / products alone", bound=1.15)
 
 
 def measure(setting: Setting, names: list[str], rounds: int) -> list[dict[str, Any]]:

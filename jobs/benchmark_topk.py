@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from ray_kd.benchmarks.plot import Bar, grouped_bars
 from ray_kd.head import Head
 from ray_kd.teacher.topk import topk_logprobs
 
@@ -99,7 +100,9 @@ def measure(shape: tuple[int, int, int], dtype: torch.dtype, threads: int, top_k
         {
             **common,
             "method": name,
-            "over_floor": statistics.median(a / b for a, b in zip(seconds[name], seconds["floor"], strict=True)),
+            "over_floor": middle,
+            "low": low,
+            "high": high,
             "ms": 1e3 * statistics.median(seconds[name]),
             "floor_ms": 1e3 * statistics.median(seconds["floor"]),
             "extra_mb": memory[name] / 2**20,
@@ -107,7 +110,15 @@ def measure(shape: tuple[int, int, int], dtype: torch.dtype, threads: int, top_k
             "max_difference": difference,
         }
         for name, (same, difference) in checks.items()
+        for low, middle, high in [quartiles(seconds[name], seconds["floor"])]
     ]
+
+
+def quartiles(seconds: list[float], floor: list[float]) -> tuple[float, float, float]:
+    """Of the ratio within a turn."""
+    ratios = [a / b for a, b in zip(seconds, floor, strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+    return low, middle, high
 
 
 def main() -> None:
@@ -121,9 +132,13 @@ def main() -> None:
     parser.add_argument("--top-k", type=int, default=64)
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--out", type=Path, help="write the records here as JSON")
+    parser.add_argument("--plot", type=Path, help="draw the ratios, as .png, .svg or .pdf")
     args = parser.parse_args()
     records = []
-    print("  N     D      V  dtype     threads  method  / floor       ms  floor ms  extra MB  same ids  max diff")
+    print(
+        "  N     D      V  dtype     threads  method  / floor      quartiles       ms  floor ms  extra MB  same ids"
+        "  max diff"
+    )
     for shape in args.shape:
         tokens, width, vocab_size = map(int, shape.split(","))
         for dtype in args.dtype:
@@ -133,12 +148,20 @@ def main() -> None:
                 for r in found:
                     print(
                         f"{tokens:4d} {width:4d} {vocab_size:6d}  {dtype:8s}  {threads:7d}  {r['method']:6s}"
-                        f" {r['over_floor']:8.2f} {r['ms']:8.1f}  {r['floor_ms']:8.1f}  {r['extra_mb']:8.1f}"
+                        f" {r['over_floor']:8.2f} {r['low']:8.2f}-{r['high']:.2f} {r['ms']:8.1f}  {r['floor_ms']:8.1f}"
+                        f"  {r['extra_mb']:8.1f}"
                         f"  {r['same_ids']!s:8s}  {r['max_difference']:.0e}",
                         flush=True,
                     )
     if args.out:
         args.out.write_text(json.dumps(records, indent=1) + "\n")
+    if args.plot:
+        groups = [f"{','.join(map(str, r['shape']))}\n{r['dtype']}\nthreads: {r['threads']}" for r in records[::2]]
+        bars = {
+            method: [Bar(r["over_floor"], r["low"], r["high"]) for r in records if r["method"] == method]
+            for method in ("ours", "naive")
+        }
+        grouped_bars(args.plot, groups, bars, "time / one head product", bound=1.25)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 jobs/benchmark_wire.py                                     # rows like a language model's (payloads.example)
 jobs/benchmark_wire.py --payloads FILE.npz --out FILE      # real ones: ids and logprobs [..., M, K], vocab_size
 
-Times are medians over interleaved repeats, each after an untimed one, so that a busy machine slows all columns alike.
+Times are medians over interleaved repeats, each after an untimed one, so that a busy machine slows all columns alike;
+both: the quartiles of encode + decode.
 `x memcpy` is encode + decode over copying the arrays. KL is exact || decoded on the K tokens and a bucket, in nats.
 """
 
@@ -17,10 +18,14 @@ from pathlib import Path
 
 import numpy as np
 
+from ray_kd.benchmarks.plot import Bar, grouped_bars
 from ray_kd.cli import Parser
 from ray_kd.payloads.topk_logprobs import WIRES, TopKLogprobs, example
 
-COLUMNS = ("wire", "K", "vocabulary", "tokens", "B/token", "encode us", "decode us", "x memcpy", "KL mean", "KL 99.9%")
+COLUMNS = (
+    "wire", "K", "vocabulary", "tokens", "B/token", "encode us", "decode us", "both 25%", "both 75%", "x memcpy",
+    "KL mean", "KL 99.9%",
+)  # fmt: skip
 
 
 def main() -> int:
@@ -31,6 +36,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=31)
     parser.add_argument("--payloads", type=Path, metavar="FILE", help="an .npz to take instead of synthetic rows")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the table as JSON, too")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw encode + decode, as .png, .svg or .pdf")
     options = parser.parse_args()
     if min(*options.top_k, *options.tokens, options.repeats) < 1 or 4 * max(options.top_k) > min(options.vocab_size):
         parser.error("--top-k, --tokens and --repeats are 1 or more, --vocab-size at least 4 times --top-k")
@@ -44,9 +50,18 @@ def main() -> int:
     else:
         parser.error(f"argument --payloads: there is no file '{options.payloads}'")
     print("  ".join(f"{name:>10}" for name in COLUMNS))
-    rows = [row for payload in payloads for row in measure(payload, options.repeats)]
+    rows = [dict(zip(COLUMNS, row, strict=True)) for payload in payloads for row in measure(payload, options.repeats)]
     if options.out is not None:
-        options.out.write_text(json.dumps([dict(zip(COLUMNS, row, strict=True)) for row in rows], indent=1) + "\n")
+        options.out.write_text(json.dumps(rows, indent=1) + "\n")
+    if options.plot is not None:
+        groups = [f"K = {r['K']}\nV = {r['vocabulary']}\n{r['tokens']} tokens" for r in rows[:: len(WIRES)]]
+        bars = {
+            wire: [
+                Bar(r["encode us"] + r["decode us"], r["both 25%"], r["both 75%"]) for r in rows if r["wire"] == wire
+            ]
+            for wire in WIRES
+        }
+        grouped_bars(options.plot, groups, bars, "encode + decode, us a token", bound=1.0)
     return 0
 
 
@@ -64,13 +79,16 @@ def measure(payload: TopKLogprobs, repeats: int) -> list[tuple[str | int | float
             start = time.perf_counter()
             step()
             seconds[turn, place] = time.perf_counter() - start
-    copy_us, *codec_us = (1e6 * np.median(seconds, axis=0) / num_tokens).tolist()
+    us = 1e6 * seconds / num_tokens
+    copy_us, *codec_us = np.median(us, axis=0).tolist()
+    both = np.quantile(us[:, 1::2] + us[:, 2::2], [0.25, 0.75], axis=0).T.tolist()
     rows: list[tuple[str | int | float, ...]] = []
-    for (wire, blob), encode_us, decode_us in zip(blobs.items(), codec_us[::2], codec_us[1::2], strict=True):
+    medians = zip(blobs.items(), codec_us[::2], codec_us[1::2], both, strict=True)
+    for (wire, blob), encode_us, decode_us, (low, high) in medians:
         kl = induced_kl(payload.logprobs, TopKLogprobs.decode(blob).logprobs)
         ratio = (encode_us + decode_us) / copy_us
-        row = (wire, top_k, payload.vocab_size, num_tokens, len(blob) / num_tokens, encode_us, decode_us, ratio,
-               float(kl.mean()), float(np.quantile(kl, 0.999)))  # fmt: skip
+        row = (wire, top_k, payload.vocab_size, num_tokens, len(blob) / num_tokens, encode_us, decode_us, low, high,
+               ratio, float(kl.mean()), float(np.quantile(kl, 0.999)))  # fmt: skip
         print("  ".join(f"{value:>10.3g}" if isinstance(value, float) else f"{value:>10}" for value in row))
         rows.append(row)
     return rows

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ray_kd.losses import fused_linear_kd_loss
+from ray_kd.head import Head
+from ray_kd.losses import fused_linear_dense_kd_loss, fused_linear_kd_loss
 
 CHUNK_SIZE = 256
 
@@ -158,10 +159,19 @@ def liger_jsd(setting: Setting, batch: Batch) -> Tensor:
     return value
 
 
+def ours_dense(setting: Setting, batch: Batch) -> Tensor:
+    """The loss of this project against a dense teacher: the JSD that Liger's computes."""
+    return fused_linear_dense_kd_loss(
+        batch.hidden, batch.weight, batch.teacher_hidden, Head(batch.teacher_weight), batch.labels,
+        divergence="jsd", temperature=setting.temperature, ce_weight=setting.ce_weight,
+    ).loss  # fmt: skip
+
+
 CANDIDATES: dict[str, Callable[[Setting, Batch], Tensor]] = {
     "ours": ours,
     "naive autograd": naive,
     "autograd in forward": autograd_in_forward,
+    "ours, JSD (dense)": ours_dense,
     "Liger JSD (dense)": liger_jsd,
 }
 

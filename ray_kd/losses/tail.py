@@ -36,7 +36,9 @@ def teacher_support(
     if tail == "bucket":
         # A row whose K tokens are the whole vocabulary has no bucket: the mass left over there is wire noise.
         has_bucket = is_filled.sum(-1, keepdim=True) < vocab_size
-        log_tail = torch.log(-torch.expm1(torch.logsumexp(masked, -1, keepdim=True).clamp(max=0.0)))
+        # In float64: what is left of one after a sum in float32 has no digits from a tail of 1e-7 on down.
+        log_sum = torch.logsumexp(masked.double(), -1, keepdim=True).clamp(max=0.0)
+        log_tail = torch.log(-torch.expm1(log_sum)).to(masked.dtype)
         log_tail = torch.where(has_bucket, log_tail.clamp(min=math.log(MIN_TAIL_MASS)), -math.inf)
         in_support = torch.cat([is_filled, has_bucket], -1)
         # Sums to one already, except where the wire's rounding pushed the K tokens above one.

@@ -1,12 +1,15 @@
 """The benchmarks compute what they say: candidates agree with each other, and ratios are within a round."""
 
 import itertools
+import sys
 
 import pytest
 import torch
 
 from ray_kd.benchmarks import loss as bench
 from ray_kd.benchmarks import timing
+from ray_kd.benchmarks.plot import Bar, grouped_bars
+from ray_kd.errors import ConfigError
 
 SMALL = bench.Setting(num_tokens=24, width=16, vocab_size=400, top_k=8, ce_weight=0.5)
 
@@ -47,3 +50,19 @@ def test_ratios_are_to_the_floor_of_the_same_round(monkeypatch):
     assert timings["a"].ratio == 1
     assert timings["b"].ratio == 2
     assert timings["floor"].median_s == 1
+
+
+@pytest.mark.parametrize("ending", ["png", "svg"])
+def test_a_table_becomes_a_picture(tmp_path, ending):
+    path = tmp_path / f"plot.{ending}"
+    bars = {"ours": [Bar(1.1, 1.05, 1.2), Bar(1.2, 1.2, 1.2)], "naive": [Bar(1.8, 1.7, 1.9), Bar(2.0, 1.9, 2.2)]}
+    grouped_bars(path, ["small\nfloat32", "large\nbfloat16"], bars, "time / floor", bound=1.15)
+    content = path.read_bytes()
+    assert content.startswith(b"\x89PNG" if ending == "png" else b"<?xml")
+    assert len(content) > 5000
+
+
+def test_a_plot_without_matplotlib_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ConfigError, match=r"needs matplotlib; pip install 'ray_kd\[bench\]'"):
+        grouped_bars(tmp_path / "plot.png", ["a"], {"ours": [Bar(1, 1, 1)]}, "time")
