@@ -75,8 +75,8 @@ def fused_linear_kd_loss(
     num_valid_tokens: n of the whole step (all ranks and micro-batches); default: of this call.
     chunk_size: the most rows of logits at a time.
 
-    Ignored rows are dropped before any product, except on CUDA with num_valid_tokens given: nothing waits for the
-    device there, the caller passes target rows, and an ignored row costs time but counts nothing.
+    Ignored rows are dropped before any product, except on a device with num_valid_tokens given: nothing waits for the
+    device then, the caller passes target rows, and an ignored row costs time but counts nothing.
     ce_loss and top1_agreement are NaN with tail renormalize, ce_weight 0 and K < V: that path sees no other token.
     top1_agreement counts a student whose largest logit is at the teacher's top token, ties included.
 
@@ -150,7 +150,7 @@ def _kept(
     hidden: Tensor, targets: AnyTargets, num_valid_tokens: int | Tensor | None
 ) -> tuple[AnyTargets, Tensor | None, Tensor]:
     """The targets that are computed, the rows of hidden they belong to (None: all), and how many of them are valid."""
-    if hidden.is_cuda and num_valid_tokens is not None:
+    if hidden.device.type != "cpu" and num_valid_tokens is not None:
         return targets, None, targets.is_valid().sum()
     kept = targets.is_valid().nonzero().squeeze(1)
     if kept.numel() == targets.labels.numel():
@@ -160,12 +160,12 @@ def _kept(
 
 def _scale(num_here: Tensor, num_valid_tokens: int | Tensor | None) -> float | Tensor:
     """1 / n; a count on the device is not read here."""
-    if isinstance(num_valid_tokens, Tensor) and num_valid_tokens.is_cuda:
+    if isinstance(num_valid_tokens, Tensor) and num_valid_tokens.device.type != "cpu":
         return 1.0 / num_valid_tokens
     if num_valid_tokens is None:
         return 1.0 / max(int(num_here), 1)
     count = int(num_valid_tokens)
-    if count < 0 or (count == 0 and not num_here.is_cuda and int(num_here) > 0):
+    if count < 0 or (count == 0 and num_here.device.type == "cpu" and int(num_here) > 0):
         raise ValueError(f"num_valid_tokens={count} with {int(num_here)} valid labels here; allowed: None or >= 1")
     return 1.0 / max(count, 1)
 

@@ -104,7 +104,7 @@ class _FusedLinearKD(torch.autograd.Function):
             # The first backward scaled the saved gradients in place and may have handed them out: leave them alone.
             return *(None if grad is None else grad * (grad_loss / ctx.factor) for grad in grads), None
         ctx.factor = grad_loss.clone()
-        if grad_loss.is_cuda or grad_loss.item() != 1:
+        if grad_loss.device.type != "cpu" or grad_loss.item() != 1:
             for grad in grads:
                 if grad is not None:
                     _multiply_(grad, grad_loss)
