@@ -8,12 +8,16 @@ time / floor     forward and backward over the products alone (logits, d hidden,
 memory           (inputs + peak above them) / (inputs + gradients), of resident memory, in a process of its own.
 error            largest error of d hidden and d weight over the largest entry, against float64 (small shapes only).
 
+torch takes huge pages (THP_MEM_ALLOC_ENABLE=1) unless the environment says otherwise, as in the jobs' own Ray: without
+them the first touch of a gradient as large as the head is 4 % of a step.
+
 The dense ones (ours and Liger's) compare whole distributions: their time has the teacher's product too, which is not in
 the floor, and their gradient is another one's.
 """
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -43,6 +47,7 @@ def main() -> int:
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw time / floor, as .png, .svg or .pdf")
     parser.add_argument("--peak", nargs=2, metavar=("CANDIDATE", "SETTING"), help=argparse.SUPPRESS)
     options = parser.parse_args()
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read at torch's first allocation
     import torch
 
     torch.set_num_threads(options.threads)

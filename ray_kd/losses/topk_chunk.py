@@ -30,6 +30,9 @@ from ray_kd.losses.targets import Targets
 _CPU_BLOCK = 2**21
 """Logits on CPU of which both exponentials are kept, in the L3 cache: for cross-entropy beside a temperature."""
 
+_POWERS = (2, 3, 4)
+"""Temperatures at which products are cheaper than a second exponential."""
+
 _MIN_FACTOR = 1e-6
 """A row's number is taken out of its gradient where it is at least this, relative to the row's largest slot."""
 
@@ -110,7 +113,10 @@ class TopKHead(ChunkedHead[Targets]):
         self.has_plain_grad = not self.has_heated_grad or objective.ce_weight > 0
         self.keeps_both = self.has_heated_grad and self.has_plain_grad
         self.kernels = _kernels(weight)
-        if self.keeps_both and self.kernels is None:
+        # exp(z - top) is a power of exp((z - top) / T) for a whole T: one exponential serves both.
+        is_power = self.keeps_both and self.kernels is None and objective.temperature in _POWERS
+        self.power = int(objective.temperature) if is_power else 0
+        if self.keeps_both and self.kernels is None and not self.power:
             self.block_rows = max(1, _CPU_BLOCK // weight.shape[0]) if on_cpu else self.slice_rows
 
     def block(self, logits: Tensor, targets: Targets, wants_grad: bool) -> tuple[Tensor, Tensor | None]:
@@ -122,7 +128,7 @@ class TopKHead(ChunkedHead[Targets]):
         if self.kernels is not None:
             top, log_rest, log_rest_heated = self.kernels.row_stats(logits, temperature, self.heats)
         else:
-            if wants_grad and self.keeps_both:
+            if wants_grad and self.keeps_both and not self.power:
                 heated = self.buffer("heated", logits.shape[0], self.dtype)
             top, log_rest, log_rest_heated = self._exponentials(logits, heated, wants_grad)
 
@@ -171,6 +177,8 @@ class TopKHead(ChunkedHead[Targets]):
             return sums, factor
         if self.kernels is not None:
             self.kernels.weigh_(logits, top, plain, hot, temperature, self.heats)
+        elif self.power:
+            self._weigh_powers(logits, plain, hot)
         else:
             self._weigh(logits, heated, plain, hot)
         slots.put(logits, grad_ids, grad_label)
@@ -184,12 +192,15 @@ class TopKHead(ChunkedHead[Targets]):
         The factor is the number of the exponential that the logits (without heated) or heated hold, so that nothing is
         left to multiply; in a row where that one is tiny beside what else is divided by it, the largest of those.
         """
-        main = hot if self.has_heated_grad else plain
-        largest = largest_slot if heated is None else torch.maximum(largest_slot, plain.abs())
+        main, other = (hot, plain) if self.has_heated_grad and not self.power else (plain, hot)
+        largest = torch.maximum(largest_slot, other.abs()) if self.keeps_both else largest_slot
         is_tiny = main.abs() <= _MIN_FACTOR * largest
         factor = torch.where(is_tiny, largest.clamp(min=torch.finfo(self.dtype).tiny), main)
         left = main / factor
         rows = is_tiny[:, 0].nonzero()[:, 0]
+        if self.power:
+            self._weigh_powers(logits, left if len(rows) else None, hot / factor)
+            return factor
         if len(rows):
             held = logits if heated is None else heated
             held[rows] = (held[rows] * left[rows]).to(held.dtype)
@@ -214,11 +225,44 @@ class TopKHead(ChunkedHead[Targets]):
             if part is not source:
                 source.copy_(part)
 
+    def _weigh_powers(self, logits: Tensor, plain: Tensor | None, hot: Tensor) -> None:
+        """logits become h (plain h^(T - 1) + hot) of the h = exp((z - top) / T) they hold, by slices; plain None: 1."""
+        for start in range(0, logits.shape[0], self.slice_rows):
+            rows = slice(start, start + self.slice_rows)
+            source = logits[rows]
+            part = self.float_slice(source)
+            weight = self._one_power_less(part)
+            sized = self._scratch(part)
+            if plain is None:
+                weight = torch.add(weight, hot[rows], out=sized)
+            else:
+                weight = torch.mul(weight, plain[rows], out=sized).add_(hot[rows])
+            part.mul_(weight)
+            if part is not source:
+                source.copy_(part)
+
+    def _power_sum(self, heated: Tensor) -> Tensor:
+        """[R, 1], the sum of h^T. A norm squares and sums in one pass."""
+        if self.power == 3:
+            return torch.mul(self._one_power_less(heated), heated, out=self._scratch(heated)).sum(-1, keepdim=True)
+        root = heated if self.power == 2 else torch.mul(heated, heated, out=self._scratch(heated))
+        return torch.linalg.vector_norm(root, dim=-1, keepdim=True).square()
+
+    def _one_power_less(self, heated: Tensor) -> Tensor:
+        """h^(T - 1) of h: itself, or in a buffer that is reused."""
+        if self.power == 2:
+            return heated
+        raised = torch.mul(heated, heated, out=self._scratch(heated))
+        return raised if self.power == 3 else raised.mul_(heated)
+
+    def _scratch(self, part: Tensor) -> Tensor:
+        return self.buffer("scratch", self.slice_rows, self.dtype)[: len(part)]
+
     def _exponentials(self, logits: Tensor, heated: Tensor | None, wants_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
         """top (the largest z of a row), the logsumexp of z and the logsumexp of u, each [R, 1] in the loss's dtype.
 
         With wants_grad the logits [R, V] become exp(z - top), and heated exp((z - top) / T); without heated the logits
-        become the one of the two that the gradient is made of.
+        become the one of the two that the gradient is made of, the second where it is made of both.
         """
         temperature = self.objective.temperature
         tops, sums, heated_sums = [], [], []
@@ -229,6 +273,13 @@ class TopKHead(ChunkedHead[Targets]):
             # Finite also where the slots are the whole vocabulary and nothing is left.
             top = part.amax(-1, keepdim=True).clamp_(min=-1e30)
             tops.append(top)
+            if self.power:
+                torch.add(top / -temperature, part, alpha=1 / temperature, out=part).exp_()
+                heated_sums.append(part.sum(-1, keepdim=True))
+                sums.append(self._power_sum(part))
+                if wants_grad and part is not source:
+                    source.copy_(part)
+                continue
             part.sub_(top)
             hot = None
             if self.heats:

@@ -34,7 +34,7 @@ ON_DISK = [
 @pytest.mark.parametrize("with_ignored", [False, True], ids=["all_valid", "ignored_rows"])
 @pytest.mark.parametrize("with_bias", [False, True], ids=["no_bias", "bias"])
 @pytest.mark.parametrize("ce_weight", [0.0, 0.7], ids=["kd_only", "kd_and_ce"])
-@pytest.mark.parametrize("temperature", [1.0, 2.0], ids=["T1", "T2"])
+@pytest.mark.parametrize("temperature", [1.0, 1.7, 2.0], ids=["T1", "T1.7", "T2"])
 @pytest.mark.parametrize(("divergence", "tail"), POSED, ids=[f"{kind}-{tail}" for kind, tail in POSED])
 def test_value_metrics_and_gradients_equal_the_definition(
     divergence, tail, temperature, ce_weight, with_bias, with_ignored, chunk_size, with_empty, frozen_head
@@ -51,7 +51,7 @@ def test_value_metrics_and_gradients_equal_the_definition(
 @pytest.mark.parametrize("with_bias", [False, True], ids=["no_bias", "bias"])
 @pytest.mark.parametrize("is_masked", [False, True], ids=["full", "ignored_rows_and_empty_slots"])
 @pytest.mark.parametrize("ce_weight", [0.0, 0.4], ids=["kd_only", "kd_and_ce"])
-@pytest.mark.parametrize("temperature", [1.0, 2.0], ids=["T1", "T2"])
+@pytest.mark.parametrize("temperature", [1.0, 3.0, 4.0], ids=["T1", "T3", "T4"])
 @pytest.mark.parametrize(("divergence", "tail"), ON_DISK, ids=[f"{kind}-{tail}" for kind, tail in ON_DISK])
 def test_every_divergence_on_disk_equals_its_definition(divergence, tail, temperature, ce_weight, is_masked, with_bias):
     """With its default options on every tail it names; other options are tried by the contract tests."""
