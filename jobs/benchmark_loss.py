@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from ray_kd.benchmarks.loss import CANDIDATES, Floor, Setting, draw, gradient_errors, peak_over_inputs, step
-from ray_kd.benchmarks.plot import Bar, grouped_bars
+from ray_kd.benchmarks.plot import Bar, grouped_bars, plot_path
 from ray_kd.benchmarks.timing import in_turns
 from ray_kd.cli import Parser
 
@@ -44,7 +44,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw time / floor, as .png, .svg or .pdf")
+    parser.add_argument("--plot", type=plot_path, metavar="FILE", help="draw time / floor, as .png, .svg or .pdf")
     parser.add_argument("--peak", nargs=2, metavar=("CANDIDATE", "SETTING"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read at torch's first allocation

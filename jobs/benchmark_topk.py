@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from ray_kd.benchmarks.plot import Bar, grouped_bars
+from ray_kd.benchmarks.plot import Bar, grouped_bars, plot_path
 from ray_kd.head import Head
 from ray_kd.teacher.topk import topk_logprobs
 
@@ -132,7 +132,7 @@ def main() -> None:
     parser.add_argument("--top-k", type=int, default=64)
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--out", type=Path, help="write the records here as JSON")
-    parser.add_argument("--plot", type=Path, help="draw the ratios, as .png, .svg or .pdf")
+    parser.add_argument("--plot", type=plot_path, help="draw the ratios, as .png, .svg or .pdf")
     args = parser.parse_args()
     records = []
     print(

@@ -15,10 +15,11 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from ray_kd.benchmarks.plot import Bar, grouped_bars
+from ray_kd.benchmarks.plot import Bar, grouped_bars, plot_path
 from ray_kd.cli import Parser
 from ray_kd.payloads.topk_logprobs import WIRES, TopKLogprobs, example
 
@@ -36,7 +37,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=31)
     parser.add_argument("--payloads", type=Path, metavar="FILE", help="an .npz to take instead of synthetic rows")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the table as JSON, too")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw encode + decode, as .png, .svg or .pdf")
+    parser.add_argument("--plot", type=plot_path, metavar="FILE", help="draw encode + decode, as .png, .svg or .pdf")
     options = parser.parse_args()
     if min(*options.top_k, *options.tokens, options.repeats) < 1 or 4 * max(options.top_k) > min(options.vocab_size):
         parser.error("--top-k, --tokens and --repeats are 1 or more, --vocab-size at least 4 times --top-k")
@@ -50,7 +51,9 @@ def main() -> int:
     else:
         parser.error(f"argument --payloads: there is no file '{options.payloads}'")
     print("  ".join(f"{name:>10}" for name in COLUMNS))
-    rows = [dict(zip(COLUMNS, row, strict=True)) for payload in payloads for row in measure(payload, options.repeats)]
+    rows: list[dict[str, Any]] = [
+        dict(zip(COLUMNS, row, strict=True)) for payload in payloads for row in measure(payload, options.repeats)
+    ]
     if options.out is not None:
         options.out.write_text(json.dumps(rows, indent=1) + "\n")
     if options.plot is not None:

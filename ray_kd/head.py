@@ -50,6 +50,10 @@ class Head:
             logits.div_(self.softcap).tanh_().mul_(self.softcap)
         return logits
 
+    def detach(self) -> "Head":
+        """The same head, out of autograd."""
+        return Head(self.weight.detach(), None if self.bias is None else self.bias.detach(), self.softcap, self.scale)
+
     def to(self, device: torch.device | str) -> "Head":
         """The same head on another device."""
         bias = None if self.bias is None else self.bias.to(device)

@@ -16,6 +16,8 @@ from ray_kd.errors import RayKDError, RetryableError
 if TYPE_CHECKING:
     from types import FrameType
 
+    from ray.exceptions import RayError
+
 logger = logging.getLogger(__name__)
 
 _POLL_S = 0.25
@@ -101,6 +103,18 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
         cause = error.__cause__
     if isinstance(cause, BaseException):
         yield from _chain(cause)
+
+
+def of_task(error: "RayError", what: str) -> BaseException:
+    """The error with the exit code that fits a Ray task that failed: what our code said, a lost process, or a bug."""
+    from ray.exceptions import RayTaskError
+
+    for inner in _chain(error):
+        if isinstance(inner, RayKDError):
+            return type(inner)(str(inner))
+    if isinstance(error, RayTaskError):
+        return RuntimeError(f"{what}: {type(error.cause).__name__}: {error.cause}")
+    return RetryableError(f"{what} failed: {str(error).strip().splitlines()[0]}")
 
 
 def _mapped(error: BaseException) -> BaseException:

@@ -25,9 +25,9 @@ from ray_kd.data.prepared import PreparedData
 from ray_kd.errors import EXIT_BUG, EXIT_DONE, RayKDError, RetryableError
 from ray_kd.heldout import make_evaluate
 from ray_kd.locks import Held, Lost, driver_lock
-from ray_kd.payloads import hidden_states, topk_logprobs
+from ray_kd.payloads import HIDDEN_STATES, TOPK_LOGPROBS, hidden_states, topk_logprobs
 from ray_kd.progress import Progress
-from ray_kd.teacher.engine import HIDDEN_STATES, TOPK_LOGPROBS, Request
+from ray_kd.teacher.engine import Request
 from ray_kd.teacher.stage import EngineSpec, TeacherStage
 from ray_kd.trainer.feed import Expected
 from ray_kd.trainer.loop import CHECKPOINTS, METRICS, QUARANTINE, STOP_FLAG, TrainSpec, train
@@ -80,8 +80,8 @@ def distill(config: RunConfig) -> dict[str, Any]:
                 planned = summary.Planned.of(prepared.manifest, order)
                 _warn(config, order)
                 student_path = _student(config, run_dir, prepared)
-                said = _expected(config, run_dir, vocab_size)
-                _fit(config, run_dir, held, prepared, order, student_path, said)
+                payload = _teacher_payload(config, run_dir, vocab_size)
+                _fit(config, run_dir, held, prepared, order, student_path, payload)
                 held.check()
                 results.finish(config, run_dir)
         except BaseException as error:
@@ -218,7 +218,9 @@ def _on_teacher_pool(config: RunConfig, function: Callable[[], T], what: str) ->
     )
     try:
         result: T = ray.get(task.remote(function), timeout=config.train.timeout_s)
-    except ray.exceptions.GetTimeoutError:
+    except ray.exceptions.RayError as error:
+        if not isinstance(error, ray.exceptions.GetTimeoutError):
+            raise launch.of_task(error, what) from error
         raise RetryableError(
             f"{what} did not end within train.timeout_s={config.train.timeout_s:g} s: "
             f"is there a node for teacher.pool ({pool.num_cpus:g} CPUs, {pool.num_gpus:g} GPUs, labels "
@@ -253,46 +255,51 @@ def _make_student(
 
 
 @dataclass(frozen=True)
-class _Said:
+class _TeacherPayload:
     """What the teacher will send."""
 
     expected: Expected
     nbytes_per_token: int
     head: str | None
-    """Folder of the head that makes log-probabilities of hidden states, made once and kept."""
+    """Folder of the head that makes log-probabilities of hidden states."""
 
 
-def _expected(config: RunConfig, run_dir: Path, vocab_size: int) -> _Said:
-    """The payloads of the run. For hidden states the teacher is loaded, once for all runs, to save its head."""
+def _teacher_payload(config: RunConfig, run_dir: Path, vocab_size: int) -> _TeacherPayload:
+    """The payloads of the run. For hidden states the teacher is loaded once a run, to save its head."""
     teacher, temperature = config.teacher, config.loss.temperature
     if teacher.payload == TOPK_LOGPROBS:
         nbytes = topk_logprobs.nbytes_per_token(teacher.top_k, vocab_size)
-        return _Said(Expected(TOPK_LOGPROBS, teacher.top_k, temperature), nbytes, None)
-    from ray_kd.models import head_shape, model_identity
+        return _TeacherPayload(Expected(TOPK_LOGPROBS, teacher.top_k, temperature), nbytes, None)
+    from ray_kd.models import head_shape
 
-    key = f"{model_identity(teacher.model, teacher.revision)} {teacher.dtype}"
-    folder = run_dir.parent / "teacher_head" / hashlib.sha256(key.encode()).hexdigest()[:16]
+    folder = run_dir / run_folder.TEACHER_HEAD
     shape = head_shape(folder)
     if shape is None:
         start = time.perf_counter()
-        make = partial(_make_head, teacher.model, teacher.revision, teacher.dtype, str(folder))
+        make = partial(
+            _make_head, teacher.model, teacher.revision, teacher.dtype, str(folder), cluster.physical_cores(),
+            teacher.pool.num_gpus > 0,
+        )  # fmt: skip
         shape = _on_teacher_pool(config, make, "saving the teacher's head")
         logger.info("the teacher's head of %d x %d is saved (%.1f s)", shape.vocab_size, shape.width,
                     time.perf_counter() - start)  # fmt: skip
-    width = shape.width
-    return _Said(Expected(HIDDEN_STATES, width, temperature), hidden_states.nbytes_per_token(width), str(folder))
+    if shape.dtype != "bfloat16":
+        logger.warning("the teacher's %s hidden states travel as bfloat16: rounded to 8 bits of mantissa", shape.dtype)
+    nbytes = hidden_states.nbytes_per_token(shape.width)
+    return _TeacherPayload(Expected(HIDDEN_STATES, shape.width, temperature), nbytes, str(folder))
 
 
-def _make_head(teacher: str, revision: str | None, dtype: str, out_dir: str) -> "HeadShape":
+def _make_head(teacher: str, revision: str | None, dtype: str, out_dir: str, threads: int, on_gpu: bool) -> "HeadShape":
     """Raises ConfigError for a model whose logits are not those of a head that could be rebuilt."""
+    import torch
+
     from ray_kd import models
 
-    model = models.load_causal_lm(teacher, revision, dtype)
+    torch.set_num_threads(threads)
+    model = models.load_causal_lm(teacher, revision, dtype, device="cuda" if on_gpu else "cpu")
     models.check_architecture(model)
-    head = models.head_of(model)
-    with storage.drafted_folder(storage.path(out_dir), last="head.json") as draft:
-        models.save_head(head, draft)
-    return models.HeadShape(head.vocab_size, head.width)
+    with storage.store_errors(), storage.drafted_folder(storage.path(out_dir), last="head.json") as draft:
+        return models.save_head(models.head_of(model), draft)
 
 
 @dataclass(frozen=True)
@@ -348,7 +355,7 @@ def _note_attempt(run_dir: Path, start_slot: int) -> None:
 
 def _fit(
     config: RunConfig, run_dir: Path, held: Held, prepared: PreparedData, order: SlotOrder, student_path: str,
-    said: _Said,
+    payload: _TeacherPayload,
 ) -> None:  # fmt: skip
     """Train to the last step. Raises RetryableError when the run was stopped before it."""
     steps = _trained_steps(run_dir)
@@ -361,7 +368,7 @@ def _fit(
 
     options, pool = config.train, config.teacher.pool
     threads = cluster.Threads.of(config)
-    block_rows, run_ahead_nbytes = _stream_sizes(config, prepared.manifest, said.nbytes_per_token)
+    block_rows, run_ahead_nbytes = _stream_sizes(config, prepared.manifest, payload.nbytes_per_token)
     stream = _StreamSpec(
         run_dir=str(run_dir),
         prepared_dir=str(prepared.folder),
@@ -378,6 +385,7 @@ def _fit(
         wire=config.teacher.wire,
         pool=pool,
     )
+    _warn_of_spilling(config, run_ahead_nbytes)
     held_out = results.held_out(config, prepared.folder, threads.worker, on_gpu=options.gpus_per_worker > 0)
     spec = TrainSpec(
         run_dir=str(run_dir),
@@ -387,8 +395,8 @@ def _fit(
         train=options,
         loss_options=_loss_options(config),
         seed=config.run.seed,
-        expected=said.expected,
-        teacher_head=said.head,
+        expected=payload.expected,
+        teacher_head=payload.head,
         block_rows=block_rows,
         threads=threads.worker,
         num_rows=order.num_rows,
@@ -476,6 +484,18 @@ def _stream_sizes(config: RunConfig, manifest: "Manifest", nbytes_per_token: int
             teacher.run_ahead_rows, processes, options.micro_batch_size, least,
         )  # fmt: skip
     return block_rows, max(teacher.run_ahead_rows, least) * row_nbytes
+
+
+def _warn_of_spilling(config: RunConfig, run_ahead_nbytes: int) -> None:
+    import ray
+
+    held = int(ray.cluster_resources().get("object_store_memory", 0))
+    if run_ahead_nbytes > held / 2:  # the rest is for rows on their way
+        logger.warning(
+            "teacher.run_ahead_rows=%d may fill %.1f GB, and Ray's object store has %.1f GB: it will spill to disk; "
+            "fewer rows do as well where the teacher is the faster one",
+            config.teacher.run_ahead_rows, run_ahead_nbytes / 1e9, held / 1e9,
+        )  # fmt: skip
 
 
 def _block_rows(rows_per_rank: int, micro_batch_size: int, max_rows: int) -> int:

@@ -4,6 +4,7 @@ config.yaml      the resolved config, secrets masked
 run.json         the identity: what must not change between attempts
 attempts.jsonl   one line per start of the worker group (start slot)
 teacher/         journal of the teacher actors, one file each
+teacher_head/    the head of a teacher that sends hidden states
 metrics.jsonl, quarantine.jsonl, eval_before.json, checkpoints/, final/, summary.json, driver.log
 """
 
@@ -23,6 +24,7 @@ IDENTITY = "run.json"
 ATTEMPTS = "attempts.jsonl"
 SUMMARY = "summary.json"
 FINAL = "final"
+TEACHER_HEAD = "teacher_head"
 SAMPLES = "samples.json"
 LOG = "driver.log"
 
@@ -38,6 +40,9 @@ _IDENTITY_KEYS = (
     "train.warmup_steps", "train.weight_decay", "train.max_grad_norm",
 )  # fmt: skip
 """Data, models, loss, seed, batch and schedule. Workers, ZeRO stage, pools and the *_every keys are free to change."""
+
+_IMPLIED = {"teacher.payload": "topk_logprobs", "teacher.selection": "topk", "teacher.wire": "plain"}
+"""What runs did before these keys existed."""
 
 _CONTENT_KEYS = {"data.source", "data.eval_source", "teacher.model", "student.model"}
 """Paths may move; what they hold is compared by its fingerprint (`check_content`)."""
@@ -78,8 +83,8 @@ def check_identity(folder: Path, config: RunConfig) -> None:
         return
     wanted = identity(config)
     for key, value in wanted.items():
-        # A key that is younger than the run had its default then, whatever that was: it is not compared.
-        seen = known["settings"].get(key, value)
+        # Other keys that are younger than the run had a value then that nobody wrote down: they are not compared.
+        seen = known["settings"].get(key, _IMPLIED.get(key, value))
         if key not in _CONTENT_KEYS and seen != value:
             raise ConfigError(
                 f"run.dir '{folder}' holds another run: its {key} is {_short(seen)}, now {_short(value)}; "

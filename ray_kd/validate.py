@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ray_kd import cluster, plugins, storage
-from ray_kd.config import Loss, RunConfig
+from ray_kd.config import Loss, RunConfig, Teacher
 from ray_kd.errors import ConfigError
+from ray_kd.payloads import HIDDEN_STATES, TOPK_LOGPROBS
 from ray_kd.payloads.topk_logprobs import MAX_DRAWS, WIRES
-from ray_kd.teacher.engine import HIDDEN_STATES, SAMPLE, SELECTIONS, TOPK, TOPK_LOGPROBS
+from ray_kd.teacher.engine import SAMPLE, SELECTIONS, TOPK
 from ray_kd.trainer.schedule import SCHEDULES
 
 if TYPE_CHECKING:
@@ -146,6 +147,12 @@ def _warn_without_effect(config: RunConfig) -> None:
         is_folder = section.model is not None and models.is_local(section.model)
         idle[f"{name}.revision"] = section.revision is not None and is_folder and f"{name}.model is a folder"
     is_dense = config.teacher.payload == HIDDEN_STATES
+    idle["teacher.top_k"] = (
+        is_dense
+        and config.teacher.top_k != Teacher.top_k
+        and config.eval.kl == "exact"
+        and f"teacher.payload={HIDDEN_STATES} sends everything"
+    )
     idle["loss.tail"] = is_dense and config.loss.tail != Loss.tail and f"teacher.payload={HIDDEN_STATES} leaves no tail"
     joins = cluster.address(config) is not None
     idle["cluster.dashboard"] = config.cluster.dashboard is not None and joins and "the cluster has its own"
@@ -163,10 +170,17 @@ def _check_models(config: RunConfig) -> Models:
     provides = engine.Engine.provides
     _require(teacher_key.payload in provides, "teacher.payload", teacher_key.payload,
              f"{' | '.join(sorted(provides))} {of_engine}")  # fmt: skip
-    # An engine of a third party may be older than the draws.
-    selections = getattr(engine.Engine, "selections", frozenset({TOPK}))
-    _require(teacher_key.selection in selections, "teacher.selection", teacher_key.selection,
-             f"{' | '.join(sorted(selections))} {of_engine}")  # fmt: skip
+    if teacher_key.payload == HIDDEN_STATES:
+        _require(engine.Engine.is_local_model, "teacher.payload", HIDDEN_STATES,
+                 f"{TOPK_LOGPROBS} {of_engine}: it has no model here whose head could be taken")  # fmt: skip
+    else:
+        # An engine of a third party may be older than the draws.
+        selections = getattr(engine.Engine, "selections", frozenset({TOPK}))
+        _require(teacher_key.selection in selections, "teacher.selection", teacher_key.selection,
+                 f"{' | '.join(sorted(selections))} {of_engine}")  # fmt: skip
+    is_evaluated_by_topk = config.eval.kl == "topk" or not engine.Engine.is_local_model
+    _require(not is_evaluated_by_topk or TOPK_LOGPROBS in provides, "eval.kl", config.eval.kl,
+             f"exact {of_engine}, which sends no {TOPK_LOGPROBS}")  # fmt: skip
     teacher = models.check_model(teacher_key.model, teacher_key.revision, "teacher")
     student = None
     if config.student.model is not None:
@@ -185,8 +199,8 @@ def _check_models(config: RunConfig) -> Models:
     elif config.student.init is not None:
         _check_init(config.student.init.layers, config.student.init.select, teacher.num_hidden_layers)
     models.require_plain_head(student or teacher)  # a student made of the teacher's layers has its head
-    is_topk = teacher_key.payload == TOPK_LOGPROBS
-    _require(not is_topk or teacher_key.top_k <= teacher.vocab_size, "teacher.top_k", teacher_key.top_k,
+    needs_topk = teacher_key.payload == TOPK_LOGPROBS or is_evaluated_by_topk
+    _require(not needs_topk or teacher_key.top_k <= teacher.vocab_size, "teacher.top_k", teacher_key.top_k,
              f"at most the teacher's vocabulary of {teacher.vocab_size}")  # fmt: skip
     _check_length(config.data.sequence_length, teacher=teacher, student=student)
     return Models(teacher, student)

@@ -160,7 +160,7 @@ def liger_jsd(setting: Setting, batch: Batch) -> Tensor:
 
 
 def ours_dense(setting: Setting, batch: Batch) -> Tensor:
-    """The loss of this project against a dense teacher: the JSD that Liger's computes."""
+    """The loss of this project against a dense teacher: T^2 times the JSD that Liger's computes."""
     return fused_linear_dense_kd_loss(
         batch.hidden, batch.weight, batch.teacher_hidden, Head(batch.teacher_weight), batch.labels,
         divergence="jsd", temperature=setting.temperature, ce_weight=setting.ce_weight,

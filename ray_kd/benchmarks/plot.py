@@ -1,10 +1,12 @@
 """A benchmark's table as a picture: groups of bars, one bar a candidate, whiskers for the quartiles."""
 
+import argparse
+import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ray_kd.errors import ConfigError
+FORMATS = (".png", ".svg", ".pdf")
 
 
 @dataclass(frozen=True)
@@ -16,17 +18,25 @@ class Bar:
     high: float
 
 
+def plot_path(text: str) -> Path:
+    """The type of a command line's --plot: what could not be drawn is said before anything is measured."""
+    path = Path(text)
+    if path.suffix not in FORMATS:
+        raise argparse.ArgumentTypeError(f"'{text}' ends in none of {', '.join(FORMATS)}")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise argparse.ArgumentTypeError("a plot needs matplotlib: pip install 'ray_kd[bench]'")
+    return path
+
+
 def grouped_bars(
     path: Path, groups: Sequence[str], bars: Mapping[str, Sequence[Bar]], label: str, bound: float | None = None
 ) -> None:
     """Write a picture, in the format of the path's ending. bars: candidate -> one bar a group.
 
-    bound: drawn as a line across. Raises ConfigError without matplotlib (`pip install 'ray_kd[bench]'`).
+    bound: drawn as a line across.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ConfigError(f"{path}: a plot needs matplotlib; pip install 'ray_kd[bench]'") from None
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(max(6.0, 1.6 * len(groups)), 4.5), layout="constrained")
     axes = figure.subplots()
     width = 0.8 / len(bars)

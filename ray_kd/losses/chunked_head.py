@@ -16,9 +16,6 @@ from ray_kd.losses.targets import HeadGradients
 _CPU_SLICE = 2**18
 """Logits of one pass on CPU: with their float32 copy they stay in the L2 cache."""
 
-_DEVICE_SLICE = 2**25
-"""Logits of one pass elsewhere: it bounds the fp32 copy of a bf16 buffer at 128 MB."""
-
 
 class _Rows(Protocol):
     @property
@@ -45,12 +42,15 @@ class ChunkedHead(Generic[AnyTargets]):
     block_rows: int | None = None
     """Rows finished together; None: all of a chunk."""
 
+    device_slice = 2**25
+    """Logits of one pass elsewhere than on CPU: it bounds a float32 copy of them at 128 MB."""
+
     def __init__(
         self, objective: Objective, weight: Tensor, bias: Tensor | None, scale: float | Tensor, dtype: torch.dtype
     ) -> None:
         """dtype: of everything but the products. scale: 1 / n, with which every gradient is multiplied."""
         self.weight, self.bias, self.objective, self.scale, self.dtype = weight, bias, objective, scale, dtype
-        size = _CPU_SLICE if weight.device.type == "cpu" else _DEVICE_SLICE
+        size = _CPU_SLICE if weight.device.type == "cpu" else self.device_slice
         self.slice_rows = max(1, size // weight.shape[0])
         self.buffers: dict[str, Tensor] = {}
         self.is_first = True

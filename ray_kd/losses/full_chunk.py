@@ -1,13 +1,17 @@
 """One chunk of tokens against a teacher known over the whole vocabulary: by its hidden states and its head.
 
-The teacher's logits are made here, chunk by chunk like the student's, so that a second [chunk, V] buffer is all that an
-exact divergence costs in memory. What follows the two products runs over a few rows at a time, in the L2 cache on CPU.
+The teacher's logits are made here, chunk by chunk like the student's, in a second [chunk, V] buffer. What follows the
+two products takes ten or so float32 tensors of a few rows at a time: of 1 MB each on CPU, in the L2 cache, and of 16 MB
+on a device.
 
 C rows of a chunk, R rows of a slice of it, V vocab, D width of the teacher.
 """
 
+import math
+
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ray_kd.head import Head
 from ray_kd.losses.chunked_head import ChunkedHead
@@ -18,6 +22,8 @@ from ray_kd.losses.targets import DenseTargets
 
 class FullHead(ChunkedHead[DenseTargets]):
     """A teacher that sent its final hidden states. Not run on a GPU by this project's tests."""
+
+    device_slice = 2**22
 
     def __init__(
         self,
@@ -30,24 +36,26 @@ class FullHead(ChunkedHead[DenseTargets]):
     ) -> None:
         super().__init__(objective, weight, bias, scale, dtype)
         self.teacher = teacher
+        # Logits are compared as they are: a temperature has no part in it, nor has its square.
+        self.temperature = 1.0 if objective.compares_logits else objective.temperature
 
     def block(self, logits: Tensor, targets: DenseTargets, wants_grad: bool) -> tuple[Tensor, Tensor | None]:
-        said = self.buffer("teacher", len(logits), self.teacher.weight.dtype, self.teacher.vocab_size)
-        self.teacher.product(targets.hidden, out=said)
+        teacher_logits = self.buffer("teacher", len(logits), self.teacher.weight.dtype, self.teacher.vocab_size)
+        self.teacher.product(targets.hidden, out=teacher_logits)
         sums = logits.new_zeros(4, dtype=self.dtype)
         for start in range(0, len(logits), self.slice_rows):
             rows = slice(start, start + self.slice_rows)
-            sums += self._slice(logits[rows], said[rows], targets.rows(rows), wants_grad)
+            sums += self._slice(logits[rows], teacher_logits[rows], targets.rows(rows), wants_grad)
         return sums, None
 
-    def _slice(self, logits: Tensor, said: Tensor, targets: DenseTargets, wants_grad: bool) -> Tensor:
+    def _slice(self, logits: Tensor, teacher_logits: Tensor, targets: DenseTargets, wants_grad: bool) -> Tensor:
         """Sums [4] of a slice [R, V], whose logits become d loss / d logits with wants_grad."""
-        objective, temperature = self.objective, self.objective.temperature
+        objective, temperature = self.objective, self.temperature
         is_valid = targets.is_valid()[:, None]
         labels = torch.where(is_valid, targets.labels[:, None], 0).long()
         z = self.float_slice(logits)
         u = z if temperature == 1 else z / temperature
-        v = self.teacher.transform_(said.to(self.dtype))
+        v = self.teacher.transform_(teacher_logits.to(self.dtype))
         if temperature != 1:
             v.div_(temperature)
         value, grad = self._compare(u, v)
@@ -75,15 +83,25 @@ class FullHead(ChunkedHead[DenseTargets]):
         return sums
 
     def _compare(self, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """D [R] and dD/du [R, V] of the student's u [R, V] and the teacher's v, of no more tokens, at temperature T."""
-        objective, num_tokens = self.objective, v.shape[1]
+        """D [R] and dD/du [R, V] of the student's u [R, V] and the teacher's v, of no more tokens.
+
+        A token that a head excludes (-inf) or the teacher does not have is finite here: to a divergence of
+        probabilities as good as impossible, e^-80 adding nothing; to one of logits not there, on both sides.
+        """
+        objective, extra = self.objective, u.shape[1] - v.shape[1]
         if objective.compares_logits:
-            value, score = objective.divergence(u[:, :num_tokens], v, objective.config)
-            return value, torch.nn.functional.pad(score, (0, u.shape[1] - num_tokens))
-        log_p = torch.log_softmax(u, -1)
-        # A token the teacher excludes, or does not have, is as good as impossible: finite, and e^-80 adds nothing.
-        log_q = torch.log_softmax(v, -1).clamp_(min=EMPTY_LOGPROB)
-        log_q = torch.nn.functional.pad(log_q, (0, u.shape[1] - num_tokens), value=EMPTY_LOGPROB)
+            u = u[:, : v.shape[1]]
+            is_excluded = torch.isneginf(u) | torch.isneginf(v)
+            u, v = u.masked_fill(is_excluded, 0.0), v.masked_fill(is_excluded, 0.0)
+            value, score = objective.divergence(u, v, objective.config)
+            return value, functional.pad(score.masked_fill(is_excluded, 0.0), (0, extra))
+        log_p, log_q = _finite(torch.log_softmax(u, -1)), _finite(torch.log_softmax(v, -1))
+        log_q = functional.pad(log_q, (0, extra), value=EMPTY_LOGPROB)
         value, score = objective.divergence(log_p, log_q, objective.config)
         total = score.sum(-1, keepdim=True)
         return value, score - log_p.exp_().mul_(total)
+
+
+def _finite(logprobs: Tensor) -> Tensor:
+    """In place; NaN stays what it is."""
+    return logprobs.nan_to_num_(nan=math.nan, posinf=math.inf, neginf=EMPTY_LOGPROB)

@@ -118,10 +118,12 @@ def fused_linear_dense_kd_loss(
 
     teacher_hidden [N, D]: the teacher's final hidden states, of any floating dtype. teacher_head: [V', D] with V' <= V;
     tokens of the student that the teacher does not have, or excludes, have probability e^-80 there.
-    divergence: also the kinds that compare logits (`cosine`). Everything else as in `fused_linear_kd_loss`.
+    divergence: also the kinds that compare logits (`cosine`), for which T is 1. Everything else
+    as in `fused_linear_kd_loss`.
 
-    Cost: one more product, two [chunk_size, V] buffers (in the dtypes of the two heads), and about three times the
-    passes over the logits; never [N, V]. teacher_topk_mass is 1. No gradient reaches the teacher.
+    Cost: one more product, two [chunk_size, V] buffers (in the dtypes of the two heads), some rows of the logits ten
+    times over in float32, and about three times the passes over them; never [N, V]. teacher_topk_mass is 1. No gradient
+    reaches the teacher.
 
     Raises ValueError for options, shapes, dtypes and devices that do not fit, and on CPU or with validate=True for
     labels outside the vocabulary and hidden states that are not finite. Not twice differentiable.
@@ -136,7 +138,7 @@ def fused_linear_dense_kd_loss(
         if not bool(torch.isfinite(targets.hidden.sum(dtype=torch.float64))):
             raise ValueError("teacher_hidden contains NaN or an infinite value")
 
-    make_head = partial(FullHead, objective, teacher_head)
+    make_head = partial(FullHead, objective, teacher_head.detach())
     plan = Plan(make_head, objective, targets, kept_rows, _scale(num_here, num_valid_tokens), chunk_size)
     return _output(*plan.apply(hidden, lm_head_weight, lm_head_bias), num_here)
 
@@ -208,17 +210,23 @@ def _check_topk(hidden: Tensor, targets: Targets, vocab_size: int) -> None:
 
 def _check_dense(hidden: Tensor, targets: DenseTargets, head: Head, vocab_size: int) -> None:
     """Shapes, dtypes and devices of the teacher's hidden states and its head."""
-    said, num_rows = targets.hidden, hidden.shape[0]
-    if said.shape != (num_rows, head.width) or not said.is_floating_point():
+    teacher_hidden, num_rows = targets.hidden, hidden.shape[0]
+    if teacher_hidden.shape != (num_rows, head.width) or not teacher_hidden.is_floating_point():
         raise ValueError(
-            f"teacher_hidden {list(said.shape)} {said.dtype} must be floating, [N, D] = [{num_rows}, {head.width}]"
+            f"teacher_hidden {list(teacher_hidden.shape)} {teacher_hidden.dtype} must be floating, "
+            f"[N, D] = [{num_rows}, {head.width}]"
+        )
+    if head.bias is not None and (head.bias.shape, head.bias.dtype) != (head.weight.shape[:1], head.weight.dtype):
+        raise ValueError(
+            f"the bias of teacher_head {list(head.bias.shape)} {head.bias.dtype} must be [V'] = "
+            f"{list(head.weight.shape[:1])} of its weight's {head.weight.dtype}"
         )
     if head.vocab_size > vocab_size:
         raise ValueError(
             f"the teacher's vocabulary of {head.vocab_size} is larger than the student's of {vocab_size}: "
             "it names tokens that the student does not have"
         )
-    _check_devices(hidden, teacher_hidden=said, teacher_head=head.weight)
+    _check_devices(hidden, teacher_hidden=teacher_hidden, teacher_head=head.weight, teacher_head_bias=head.bias)
 
 
 def _check_labels(targets: Targets | DenseTargets, vocab_size: int) -> None:

@@ -52,7 +52,8 @@ class SparseHead:
         is_valid = targets.is_valid()
         mass = torch.where(is_filled, logprobs, -math.inf).exp().sum()
         kd_sum = torch.where(is_valid, value, 0.0).sum() * objective.temperature**2
-        sums = torch.stack([kd_sum, kd_sum.new_tensor(math.nan), mass, kd_sum.new_tensor(math.nan)])
+        unknown = torch.full_like(kd_sum, math.nan)
+        sums = torch.stack([kd_sum, unknown, mass, unknown])
         if gradients is None:
             return sums, None
         grad_ids, _ = logit_gradient(score, log_p, in_support, tail)

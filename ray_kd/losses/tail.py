@@ -18,7 +18,7 @@ from torch import Tensor
 TAILS = ("bucket", "renormalize", "drop")
 
 MIN_TAIL_MASS = 1e-7
-"""Both tail masses are at least this: below it their ratio is rounding noise of the float32 sums."""
+"""Both tail masses are at least this: below it their ratio is the rounding of the float32 log-probabilities."""
 
 EMPTY_LOGPROB = -80.0
 """Stands on both sides where a slot is empty: finite, so no NaN, and e^-80 adds nothing to a sum."""

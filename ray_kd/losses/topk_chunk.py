@@ -7,7 +7,7 @@ form in the loss's dtype: a correction added to a dense term already rounded to 
 What is left is one exponential of each logit, and the gradient there is that exponential times a number of the row.
 On CPU that number never touches the logits: it multiplies the rows of the products' other factor and of their result
 (`hidden` for d weight, d hidden itself), so a slice of the logits is read, exponentiated and written while it is in
-the L2 cache, in one pass.
+the L2 cache, in one pass. Cross-entropy beside a temperature needs two exponentials, and a second pass.
 
 On CUDA the same is done by two Triton kernels (`triton_rows.py`, not run on a GPU by this project's tests), or in a few
 more passes by torch where Triton cannot run.
@@ -72,8 +72,7 @@ class _Slots:
         first = torch.arange(logits.shape[0], device=logits.device)[:, None] * logits.shape[1]
         places = (first + torch.cat([ids, labels], -1)).flatten()
         z = logits.view(-1)[places].to(dtype).view(logits.shape[0], -1)
-        # Not scatter_, which takes a thousand times as long in bf16 on CPU.
-        logits.view(-1).index_put_((places,), logits.new_tensor(-math.inf))
+        logits.view(-1).index_fill_(0, places, -math.inf)
         return cls(
             ids, is_filled, logprobs, labels, is_valid, is_label, ~is_label.any(-1, keepdim=True),
             torch.where(is_filled, z[:, :-1], -math.inf), z[:, -1:], places,
@@ -83,6 +82,7 @@ class _Slots:
         """Write the gradients of the slots [R, K] and of the label [R, 1] to their places."""
         grad_label = torch.where(self.label_is_apart, grad_label, (grad_ids * self.is_label).sum(-1, keepdim=True))
         grads = torch.cat([torch.where(self.is_filled, grad_ids, grad_label), grad_label], -1)
+        # Not scatter_, which takes a thousand times as long in bf16 on CPU.
         logits.view(-1).index_put_((self.places,), grads.to(logits.dtype).flatten())
 
 
@@ -256,7 +256,7 @@ class TopKHead(ChunkedHead[Targets]):
         return raised if self.power == 3 else raised.mul_(heated)
 
     def _scratch(self, part: Tensor) -> Tensor:
-        return self.buffer("scratch", self.slice_rows, self.dtype)[: len(part)]
+        return self.buffer("scratch", len(part), self.dtype)
 
     def _exponentials(self, logits: Tensor, heated: Tensor | None, wants_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
         """top (the largest z of a row), the logsumexp of z and the logsumexp of u, each [R, 1] in the loss's dtype.

@@ -1,11 +1,11 @@
 """A head kept apart from its model, for who needs the teacher's logits and not the teacher.
 
 A folder of head.safetensors (weight [V, D] in the model's dtype, bias [V] where there is one) and head.json
-(vocab_size, width, softcap, scale), which is written last.
+(vocab_size, width, dtype, softcap, scale), which is written last.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -24,17 +24,20 @@ class HeadShape:
 
     vocab_size: int
     width: int
+    dtype: str
 
 
-def save_head(head: Head, folder: Path) -> None:
+def save_head(head: Head, folder: Path) -> HeadShape:
     """Write it there, whole or not at all."""
     tensors = {"weight": head.weight} | ({} if head.bias is None else {"bias": head.bias})
     # Clones: a tied weight is a view of memory that is not its own.
     own = {name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}
-    about = {"vocab_size": head.vocab_size, "width": head.width, "softcap": head.softcap, "scale": head.scale}
+    shape = HeadShape(head.vocab_size, head.width, str(head.weight.dtype).removeprefix("torch."))
+    about = asdict(shape) | {"softcap": head.softcap, "scale": head.scale}
     with atomic_folder(folder) as draft:
         save_file(own, draft / WEIGHTS)
         (draft / DESCRIPTION).write_text(json.dumps(about) + "\n", encoding="utf-8")
+    return shape
 
 
 def head_shape(folder: Path) -> HeadShape | None:
@@ -43,7 +46,7 @@ def head_shape(folder: Path) -> HeadShape | None:
     if not path.exists():
         return None
     about = json.loads(storage.read_text(path))
-    return HeadShape(about["vocab_size"], about["width"])
+    return HeadShape(about["vocab_size"], about["width"], about["dtype"])
 
 
 def load_head(folder: str, device: torch.device | str = "cpu") -> Head:

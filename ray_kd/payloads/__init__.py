@@ -9,4 +9,6 @@ The wire carries facts, not choices: renormalising and tail handling are options
 from ray_kd.payloads.hidden_states import HiddenStates
 from ray_kd.payloads.topk_logprobs import TopKLogprobs
 
-__all__ = ["HiddenStates", "TopKLogprobs"]
+TOPK_LOGPROBS, HIDDEN_STATES = "topk_logprobs", "hidden_states"
+
+__all__ = ["HIDDEN_STATES", "TOPK_LOGPROBS", "HiddenStates", "TopKLogprobs"]

@@ -21,6 +21,7 @@ NBYTES = _KIND.size + FIELDS_NBYTES + _CRC.size
 
 def seal(magic: bytes, version: int, fields: bytes, parts: Sequence[Any]) -> bytes:
     """Header and body. fields: 22 bytes; parts: contiguous buffers, joined in order."""
+    assert len(fields) == FIELDS_NBYTES, f"{len(fields)} bytes of fields"
     header = _KIND.pack(magic, version) + fields
     crc = zlib.crc32(header)
     for part in parts:

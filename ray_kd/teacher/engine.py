@@ -15,7 +15,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-TOPK_LOGPROBS, HIDDEN_STATES = "topk_logprobs", "hidden_states"
+from ray_kd.payloads import HIDDEN_STATES, TOPK_LOGPROBS
+
 TOPK, SAMPLE = "topk", "sample"
 SELECTIONS = (TOPK, SAMPLE)
 

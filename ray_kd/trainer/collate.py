@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from ray_kd import schema
-from ray_kd.payloads import HiddenStates, TopKLogprobs
+from ray_kd.payloads import HIDDEN_STATES, TOPK_LOGPROBS, HiddenStates, TopKLogprobs
 
 if TYPE_CHECKING:
     from ray_kd.trainer.feed import Expected
@@ -100,8 +100,8 @@ def _hidden(blobs: list[bytes], counts: list[int], expected: "Expected") -> dict
 
 
 _TEACHER: dict[str, Callable[[list[bytes], list[int], "Expected"], dict[str, torch.Tensor]]] = {
-    "topk_logprobs": _topk,
-    "hidden_states": _hidden,
+    TOPK_LOGPROBS: _topk,
+    HIDDEN_STATES: _hidden,
 }
 """Payload kind -> decoded payloads of some rows, one behind the other, given how many targets each row has."""
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from ray_kd import models, plugins, schema
-from ray_kd.payloads import HiddenStates, TopKLogprobs
-from ray_kd.teacher.engine import HIDDEN_STATES, TOPK_LOGPROBS, Request, RowError, check_request
+from ray_kd.payloads import HIDDEN_STATES, TOPK_LOGPROBS, HiddenStates, TopKLogprobs
+from ray_kd.teacher.engine import Request, RowError, check_request
 from tests.tiny import VOCAB_SIZE, tiny_llama
 
 T, ROWS = 20, 5

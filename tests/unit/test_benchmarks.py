@@ -1,15 +1,15 @@
 """The benchmarks compute what they say: candidates agree with each other, and ratios are within a round."""
 
+import argparse
 import itertools
-import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from ray_kd.benchmarks import loss as bench
-from ray_kd.benchmarks import timing
+from ray_kd.benchmarks import plot, timing
 from ray_kd.benchmarks.plot import Bar, grouped_bars
-from ray_kd.errors import ConfigError
 
 SMALL = bench.Setting(num_tokens=24, width=16, vocab_size=400, top_k=8, ce_weight=0.5)
 
@@ -62,7 +62,22 @@ def test_a_table_becomes_a_picture(tmp_path, ending):
     assert len(content) > 5000
 
 
-def test_a_plot_without_matplotlib_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ConfigError, match=r"needs matplotlib; pip install 'ray_kd\[bench\]'"):
-        grouped_bars(tmp_path / "plot.png", ["a"], {"ours": [Bar(1, 1, 1)]}, "time")
+def test_what_cannot_be_plotted_is_said_before_anything_is_measured(monkeypatch):
+    assert plot.plot_path("a/b.svg") == Path("a/b.svg")
+    with pytest.raises(argparse.ArgumentTypeError, match=r"'b.foo' ends in none of .png, .svg, .pdf"):
+        plot.plot_path("b.foo")
+    monkeypatch.setattr(plot.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(argparse.ArgumentTypeError, match=r"needs matplotlib: pip install 'ray_kd\[bench\]'"):
+        plot.plot_path("b.png")
+
+
+@pytest.mark.parametrize(("temperature", "factor"), [(1.0, 1.0), (2.0, 4.0)])
+def test_ours_and_ligers_dense_jsd_are_one_but_for_the_square_of_the_temperature(temperature, factor):
+    setting = bench.Setting(**vars(SMALL) | {"temperature": temperature, "ce_weight": 0.0})
+    ours, theirs = bench.draw(setting), bench.draw(setting)
+    expected, got = bench.ours_dense(setting, ours), factor * bench.liger_jsd(setting, theirs)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+    expected.backward()
+    got.backward()
+    for one, other in zip(ours.leaves(), theirs.leaves(), strict=True):
+        torch.testing.assert_close(other.grad, one.grad, rtol=1e-3, atol=1e-6)

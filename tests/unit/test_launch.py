@@ -116,3 +116,21 @@ def test_progress_is_polled():
     polls = []
     run(lambda: time.sleep(0.6), on_poll=[lambda: polls.append(1)])
     assert len(polls) >= 2
+
+
+def test_a_task_that_failed_says_what_our_code_said_or_that_it_was_lost_or_is_a_bug():
+    from ray.exceptions import OutOfMemoryError, RayTaskError, WorkerCrashedError
+
+    def failed(cause):
+        return RayTaskError("_call", "Traceback ...", cause).as_instanceof_cause()
+
+    refused = launch.of_task(failed(ConfigError("LlamaForCausalLM cannot be used")), "saving the head")
+    assert (type(refused), str(refused)) == (ConfigError, "LlamaForCausalLM cannot be used")
+    for lost in (WorkerCrashedError(), OutOfMemoryError("killed\nby the monitor")):
+        error = launch.of_task(lost, "saving the head")
+        assert isinstance(error, RetryableError)
+        assert str(error).startswith("saving the head failed: ")
+        assert "\n" not in str(error)
+    bug = launch.of_task(failed(KeyError("x")), "saving the head")
+    assert type(bug) is RuntimeError
+    assert str(bug) == "saving the head: KeyError: 'x'"

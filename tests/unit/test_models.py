@@ -114,7 +114,7 @@ def test_a_head_kept_apart_makes_the_same_logits(name: str, tmp_path: Path) -> N
     models.save_head(head, tmp_path / "head")
     loaded, hidden = models.load_head(str(tmp_path / "head")), torch.randn(5, head.width)
     assert torch.equal(loaded.logits(hidden), head.logits(hidden))
-    assert models.head_shape(tmp_path / "head") == models.HeadShape(head.vocab_size, head.width)
+    assert models.head_shape(tmp_path / "head") == models.HeadShape(head.vocab_size, head.width, "float32")
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -39,6 +39,18 @@ def folder(tmp_path, load):
     return folder
 
 
+def test_a_run_from_before_payloads_sent_the_top_k(folder, load):
+    """Its run.json lacks the key, and what it did is known all the same."""
+    document = json.loads((folder / "run.json").read_text())
+    for key in ("teacher.payload", "teacher.wire", "teacher.selection", "eval.kl"):
+        del document["settings"][key]
+    (folder / "run.json").write_text(json.dumps(document))
+    run_folder.check_identity(folder, load("eval.kl=topk"))  # nobody knows
+    for override in ("teacher.payload=hidden_states", "teacher.wire=compact", "teacher.selection=sample"):
+        with pytest.raises(ConfigError, match=f"its {override.split('=')[0]} is "):
+            run_folder.check_identity(folder, load(override))
+
+
 IDENTITY = [
     "eval.kl=topk",
     "eval.max_rows=8",

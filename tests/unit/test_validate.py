@@ -215,6 +215,20 @@ def test_an_engine_written_before_the_draws_selects_the_top_k(load, monkeypatch)
         validate(load("teacher.selection=sample", "loss.tail=drop"))
 
 
+def test_hidden_states_need_the_model_here_and_evaluation_what_it_asks_for(load, monkeypatch):
+    from ray_kd.teacher.engines import hf
+
+    monkeypatch.setattr(hf.Engine, "provides", frozenset({"hidden_states"}))
+    validate(load("teacher.payload=hidden_states"))
+    with pytest.raises(
+        ConfigError, match=r"^eval\.kl is 'topk': allowed is exact with teacher\.engine 'hf', which sends"
+    ):
+        validate(load("teacher.payload=hidden_states", "eval.kl=topk"))
+    monkeypatch.setattr(hf.Engine, "is_local_model", False)
+    with pytest.raises(ConfigError, match=r"^teacher\.payload is 'hidden_states': allowed is topk_logprobs .*no model"):
+        validate(load("teacher.payload=hidden_states"))
+
+
 @pytest.mark.parametrize("divergence", [*kinds(), *kinds(of_logits=True)])
 def test_hidden_states_take_every_divergence_and_no_tail(load, divergence):
     validate(load("teacher.payload=hidden_states", f"loss.divergence={divergence}", "loss.tail=drop"))
@@ -239,8 +253,11 @@ def test_what_goes_with_hidden_states_is_said(load, caplog, monkeypatch):
     for kind in kinds(of_logits=True):
         with pytest.raises(ConfigError, match=f"'{kind}' compares whole logits.*teacher.payload=hidden_states"):
             validate(load(f"loss.divergence={kind}"))
+    with pytest.raises(ConfigError, match=r"^teacher\.top_k is 1000: allowed is at most the teacher's vocabulary"):
+        validate(load("teacher.payload=hidden_states", "eval.kl=topk", "teacher.top_k=1000"))
     with caplog.at_level(logging.WARNING):
         validate(load("teacher.payload=hidden_states", "loss.tail=drop"))
+    assert "teacher.top_k has no effect: teacher.payload=hidden_states sends everything" in caplog.text
     assert "loss.tail has no effect: teacher.payload=hidden_states leaves no tail" in caplog.text
 
 

@@ -11,9 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ray_kd import schema
+from ray_kd.payloads import TOPK_LOGPROBS
 from ray_kd.payloads.topk_logprobs import TopKLogprobs
 from ray_kd.teacher import draws
-from ray_kd.teacher.engine import SAMPLE, SELECTIONS, TOPK_LOGPROBS, Request, RowError, Rows, check_request, rows_in
+from ray_kd.teacher.engine import SAMPLE, SELECTIONS, Request, RowError, Rows, check_request, rows_in
 
 
 @dataclass

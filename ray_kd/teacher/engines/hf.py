@@ -8,19 +8,9 @@ from numpy.typing import NDArray
 
 from ray_kd import schema
 from ray_kd.models import check_architecture, decoder_hidden, head_of, load_causal_lm
-from ray_kd.payloads import HiddenStates, TopKLogprobs
+from ray_kd.payloads import HIDDEN_STATES, TOPK_LOGPROBS, HiddenStates, TopKLogprobs
 from ray_kd.teacher import draws
-from ray_kd.teacher.engine import (
-    HIDDEN_STATES,
-    SAMPLE,
-    SELECTIONS,
-    TOPK_LOGPROBS,
-    Request,
-    RowError,
-    Rows,
-    check_request,
-    rows_in,
-)
+from ray_kd.teacher.engine import SAMPLE, SELECTIONS, Request, RowError, Rows, check_request, rows_in
 from ray_kd.teacher.sample import sample_tokens
 from ray_kd.teacher.topk import topk_logprobs
 
@@ -60,7 +50,10 @@ class Engine:
         self._chunk_size = config.chunk_size
 
     def annotate(self, rows: Rows, request: Request) -> list[Answer]:
-        """One payload per row, in order; a row with a non-finite value anywhere is a RowError of its own."""
+        """One payload per row, in order; a row with a non-finite value anywhere is a RowError of its own.
+
+        Of hidden states only they are looked at: a head that overflows on them is seen by the loss.
+        """
         check_request(request, self.provides, self.selections, self._head.vocab_size)
         answers: list[Answer] = []
         for start in range(0, rows_in(rows), self._batch_size):

@@ -110,6 +110,43 @@ def test_tokens_the_teacher_does_not_have_are_impossible_to_it(temperature):
         torch.testing.assert_close(*values)
 
 
+@pytest.mark.parametrize("divergence", [*ON_DISK, "cosine"])
+def test_a_token_that_both_heads_exclude_is_not_there(divergence):
+    """As in a student made of the teacher's layers; the same as heads without the token, and finite."""
+    batch = drawn(with_bias=True)
+    teacher_hidden, teacher_head = said(bias=torch.zeros(V, dtype=torch.float64))
+    batch["lm_head_bias"][7] = teacher_head.bias[7] = -math.inf
+    batch["labels"] = batch["labels"].clamp(max=6)
+    kept = [token for token in range(V) if token != 7]
+    fewer = batch | {name: batch[name][kept] for name in ("lm_head_weight", "lm_head_bias")}
+    results = []
+    for one, head in ((batch, teacher_head), (fewer, Head(teacher_head.weight[kept]))):
+        leaves = with_grads(one)
+        out = fused_linear_dense_kd_loss(
+            **leaves, teacher_hidden=teacher_hidden, teacher_head=head, divergence=divergence, ce_weight=0.3
+        )
+        out.loss.backward()
+        results.append((out.loss.detach(), leaves["hidden"].grad))
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("head_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_float16_student_and_a_head_of_another_type(head_dtype):
+    """Gradients that are scaled late, after a factor as large as a loss scale."""
+    batch = drawn(dtype=torch.float16)
+    teacher_hidden, teacher_head = said(head_dtype)
+    fast, slow = with_grads(batch), with_grads(batch)
+    out = fused_linear_dense_kd_loss(
+        **fast, teacher_hidden=teacher_hidden, teacher_head=teacher_head, ce_weight=0.5, num_valid_tokens=4096
+    )
+    loss, _ = kd_loss(**slow, **as_topk(teacher_hidden, teacher_head, 1.0), ce_weight=0.5, num_valid_tokens=4096)
+    (1024 * out.loss).backward()
+    (1024 * loss).backward()
+    for name in ("hidden", "lm_head_weight"):
+        got, expected = fast[name].grad.double(), slow[name].grad.double()
+        assert float((got - expected).norm() / expected.norm()) < 2e-2, name
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("divergence", ON_DISK)
 def test_reduced_precision_stays_near_float64(divergence, dtype):
@@ -129,6 +166,18 @@ def test_reduced_precision_stays_near_float64(divergence, dtype):
         expected = grads_of(slow)[name].double()
         assert grad.dtype == dtype
         assert float((grad.double() - expected).norm() / expected.norm()) < tolerance, name
+
+
+def test_a_temperature_has_no_part_in_cosine():
+    batch = drawn()
+    teacher_hidden, teacher_head = said()
+    losses = [
+        fused_linear_dense_kd_loss(
+            **batch, teacher_hidden=teacher_hidden, teacher_head=teacher_head, divergence="cosine", temperature=t
+        ).loss
+        for t in (1.0, 3.0)
+    ]
+    assert losses[0] == losses[1]
 
 
 @pytest.mark.parametrize("ce_weight", [0.0, 0.5])
@@ -198,10 +247,14 @@ def test_no_gradient_reaches_the_teacher_and_it_is_left_as_it_was():
     teacher_hidden, teacher_head = said(torch.float32, softcap=3.0)
     before = teacher_hidden.clone(), teacher_head.weight.clone()
     teacher_hidden.requires_grad_()
+    teacher_head.weight.requires_grad_()
     fused_linear_dense_kd_loss(
         **batch, teacher_hidden=teacher_hidden, teacher_head=teacher_head, temperature=2.0
     ).loss.backward()
-    assert teacher_hidden.grad is None
+    assert teacher_hidden.grad is teacher_head.weight.grad is None
+    frozen = {name: value.detach() if value is not None else None for name, value in batch.items()}
+    out = fused_linear_dense_kd_loss(**frozen, teacher_hidden=teacher_hidden, teacher_head=teacher_head)
+    assert not out.loss.requires_grad
     assert torch.equal(teacher_hidden, before[0])
     assert torch.equal(teacher_head.weight, before[1])
 
@@ -211,6 +264,8 @@ REFUSED = {
     "rows": ({"teacher_hidden": torch.zeros(N - 1, D)}, r"\[6, 6\].*\[7, 6\]"),
     "integers": ({"teacher_hidden": torch.zeros(N, D, dtype=torch.int16)}, "int16 must be floating"),
     "vocabulary": ({"teacher_head": Head(torch.zeros(V + 1, D))}, "20 is larger than the student's of 19"),
+    "bias": ({"teacher_head": Head(torch.zeros(V, D), torch.zeros(V - 1))}, r"bias of teacher_head \[18\].*\[19\]"),
+    "bias_dtype": ({"teacher_head": Head(torch.zeros(V, D), torch.zeros(V).half())}, "float16 must be.*float32"),
     "device": ({"teacher_hidden": torch.zeros(N, D, device="meta")}, "teacher_hidden is on meta"),
     "not_finite": ({"teacher_hidden": torch.full((N, D), math.nan)}, "NaN"),
     "label": ({"labels": torch.full((N,), V)}, "19.*18"),

@@ -147,6 +147,21 @@ def test_small_entries_keep_their_relative_precision_in_bf16():
     assert float(error) < 0.008
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["fp64", "bf16"])
+@pytest.mark.parametrize("temperature", [2.0, 3.0, 4.0])
+@pytest.mark.parametrize("ce_weight", [1e-9, 1e9])
+def test_a_weight_far_from_the_other_keeps_the_gradient(ce_weight, temperature, dtype):
+    """The number taken out of a row is then tiny, or what is left of the other exponential."""
+    batch = draw(temperature=temperature, dtype=dtype)
+    fast, slow = with_grads(batch), with_grads(batch)
+    options = {"temperature": temperature, "ce_weight": ce_weight}
+    fused_linear_kd_loss(**fast, **options).loss.backward()
+    kd_loss(**slow, **options)[0].backward()
+    for name in ("hidden", "lm_head_weight"):
+        got, expected = fast[name].grad.double(), slow[name].grad.double()
+        assert float((got - expected).norm() / expected.norm()) < (1e-11 if dtype == torch.float64 else 2e-2), name
+
+
 def test_the_loss_does_not_drift_over_many_chunks_in_bf16():
     """256 chunks of a large loss: an accumulator in bf16 stops growing."""
     torch.manual_seed(0)

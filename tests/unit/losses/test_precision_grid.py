@@ -41,7 +41,7 @@ def errors(batch, options):
 def test_gradients_over_the_grid(kind, dtype):
     worst = (0.0, None)
     for tail, temperature, ce_weight, is_masked in itertools.product(
-        tails(kind), (1.0, 2.0, 2.5), (0.0, 0.5), (False, True)
+        tails(kind), (1.0, 2.0, 2.5, 3.0, 4.0), (0.0, 0.5), (False, True)
     ):
         batch = draw(
             num_tokens=48, width=32, vocab_size=257, top_k=16, temperature=temperature, dtype=dtype,
