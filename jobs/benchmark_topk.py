@@ -12,6 +12,7 @@ other spin, and hold the core that the one waited for needs (seen: 14 times the 
 
 import argparse
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -134,6 +135,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the records here as JSON")
     parser.add_argument("--plot", type=plot_path, help="draw the ratios, as .png, .svg or .pdf")
     args = parser.parse_args()
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages, as in the jobs' own Ray
     records = []
     print(
         "  N     D      V  dtype     threads  method  / floor      quartiles       ms  floor ms  extra MB  same ids"

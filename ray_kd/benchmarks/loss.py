@@ -113,7 +113,7 @@ def ours(setting: Setting, batch: Batch, chunk_size: int | None = None) -> Tenso
 
 
 def naive(setting: Setting, batch: Batch) -> Tensor:
-    """Whole logits and autograd: forward KL with a bucket, in float32, plus cross-entropy."""
+    """Whole logits and autograd: forward KL in float32, plus cross-entropy."""
     return _autograd_loss(setting, batch.hidden, batch.weight, batch, slice(None)) / len(batch.labels)
 
 
@@ -219,12 +219,14 @@ def peak_over_inputs(setting: Setting, candidate: str) -> tuple[int, int, int]:
 
 
 def _autograd_loss(setting: Setting, hidden: Tensor, weight: Tensor, batch: Batch, rows: slice) -> Tensor:
-    """Sum over rows of ce_weight CE + T^2 (forward KL on the top K and a bucket), by torch's own operations."""
+    """Sum over rows of ce_weight CE + T^2 (forward KL on the top K by the tail of the setting), by torch alone."""
     logits = hidden @ weight.t()
     logits = logits if logits.dtype == torch.float64 else logits.float()
     temperature = setting.temperature
     log_p = torch.log_softmax(logits / temperature, -1).gather(-1, batch.teacher_ids[rows])
     log_q = batch.teacher_logprobs[rows].to(logits.dtype)
+    if setting.tail == "renormalize":
+        log_p, log_q = torch.log_softmax(log_p, -1), torch.log_softmax(log_q, -1)
     kd = (log_q.exp() * (log_q - log_p)).sum(-1)
     if setting.tail == "bucket":
         rest_p = torch.log1p(-log_p.exp().sum(-1).clamp(max=1 - 1e-7))

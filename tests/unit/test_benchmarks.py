@@ -14,10 +14,11 @@ from ray_kd.benchmarks.plot import Bar, grouped_bars
 SMALL = bench.Setting(num_tokens=24, width=16, vocab_size=400, top_k=8, ce_weight=0.5)
 
 
+@pytest.mark.parametrize("tail", ["bucket", "renormalize", "drop"])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("name", ["naive autograd", "autograd in forward"])
-def test_the_candidates_compute_the_same_loss_and_gradients(name, temperature):
-    setting = bench.Setting(**vars(SMALL) | {"temperature": temperature})
+def test_the_candidates_compute_the_same_loss_and_gradients(name, temperature, tail):
+    setting = bench.Setting(**vars(SMALL) | {"temperature": temperature, "tail": tail})
     ours, theirs = bench.draw(setting), bench.draw(setting)
     expected, got = bench.ours(setting, ours), bench.CANDIDATES[name](setting, theirs)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
