@@ -249,7 +249,7 @@ def _make_student(
         scores = models.block_influence(model, columns[schema.INPUT_IDS], columns[schema.POSITION_IDS])
         del model
         layers = models.choose_layers(scores, layers)
-    with storage.drafted_folder(storage.path(out_dir), last="config.json") as draft:
+    with storage.store_errors(), storage.drafted_folder(storage.path(out_dir), last="config.json") as draft:
         models.init_from_layers(teacher, layers, str(draft), revision=revision)
     return layers
 
