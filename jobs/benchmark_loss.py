@@ -8,6 +8,9 @@ time / floor     forward and backward over the products alone (logits, d hidden,
 memory           (inputs + peak above them) / (inputs + gradients), of resident memory, in a process of its own.
 error            largest error of d hidden and d weight over the largest entry, against float64 (small shapes only).
 
+Every candidate at every setting is a line, and takes (rounds + 1) calls and a new process for its memory: half an hour
+for everything on two cores, a minute for `--shapes 256x256x16384 --candidates ours --rounds 3`.
+
 torch takes huge pages (THP_MEM_ALLOC_ENABLE=1) unless the environment says otherwise, as in the jobs' own Ray: without
 them the first touch of a gradient as large as the head is 4 % of a step.
 
@@ -25,26 +28,37 @@ from pathlib import Path
 from typing import Any
 
 from ray_kd.benchmarks.loss import CANDIDATES, Floor, Setting, draw, gradient_errors, peak_over_inputs, step
-from ray_kd.benchmarks.plot import Bar, grouped_bars, plot_path
+from ray_kd.benchmarks.options import Help, add_common, positive, shape, whole
+from ray_kd.benchmarks.plot import Bar, grouped_bars
 from ray_kd.benchmarks.timing import in_turns
 from ray_kd.cli import Parser
 
-SHAPES = ["1024x576x49152", "512x1024x151936", "1024x2048x32000"]
+SHAPES = [(1024, 576, 49152), (512, 1024, 151936), (1024, 2048, 32000)]
 
 
 def main() -> int:
-    parser = Parser("benchmark_loss", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="NxHxV", help="tokens, width, vocabulary")
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=("float32", "bfloat16"))
-    parser.add_argument("--temperatures", nargs="+", type=float, default=[1.0, 2.0])
-    parser.add_argument("--tail", default="bucket", choices=("bucket", "renormalize", "drop"))
-    parser.add_argument("--ce-weight", type=float, default=0.5)
-    parser.add_argument("--candidates", nargs="+", default=list(CANDIDATES), choices=list(CANDIDATES), metavar="NAME")
+    parser = Parser("benchmark_loss", description=__doc__, formatter_class=Help)
+    parser.add_argument(
+        "--shapes", nargs="+", type=shape, default=SHAPES, metavar="NxHxV", help="tokens, width, vocabulary"
+    )
+    parser.add_argument(
+        "--dtypes",
+        nargs="+",
+        default=["float32", "bfloat16"],
+        choices=("float32", "bfloat16"),
+        help="of hidden and head",
+    )
+    parser.add_argument("--temperatures", nargs="+", type=positive, default=[1.0, 2.0], help="of the divergence")
+    parser.add_argument("--tail", default="bucket", choices=("bucket", "renormalize", "drop"), help="beyond the top K")
+    parser.add_argument("--top-k", type=whole(1), default=64, metavar="K", help="tokens that the teacher sent")
+    parser.add_argument("--ce-weight", type=float, default=0.5, help="of the cross-entropy beside the divergence")
+    parser.add_argument(
+        "--candidates", nargs="+", default=list(CANDIDATES), choices=list(CANDIDATES), metavar="NAME",
+        help=f"of {', '.join(map(repr, CANDIDATES))}",
+    )  # fmt: skip
     parser.add_argument("--frozen-head", action="store_true", help="no gradient of the head: a floor of two products")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
-    parser.add_argument("--plot", type=plot_path, metavar="FILE", help="draw time / floor, as .png, .svg or .pdf")
+    parser.add_argument("--threads", type=whole(1), default=1, help="of torch")
+    add_common(parser, rounds=7)
     parser.add_argument("--peak", nargs=2, metavar=("CANDIDATE", "SETTING"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read at torch's first allocation
@@ -57,18 +71,16 @@ def main() -> int:
     print(f"{'tokens x width x vocabulary':<28}{'dtype':<10}{'T':>4}  {'candidate':<22}{'s':>8}{'/ floor':>9}"
           f"{'quartiles':>16}{'memory':>8}{'error':>9}")  # fmt: skip
     rows: list[dict[str, Any]] = []
-    for shape in options.shapes:
-        try:
-            num_tokens, width, vocab_size = map(int, shape.split("x"))
-        except ValueError:
-            parser.error(f"argument --shapes: '{shape}' is not tokens x width x vocabulary, such as {SHAPES[0]}")
+    for num_tokens, width, vocab_size in options.shapes:
+        if 4 * options.top_k > vocab_size:
+            parser.error(f"argument --top-k: {options.top_k} is more than a quarter of the vocabulary of {vocab_size}")
         for dtype in options.dtypes:
             for temperature in options.temperatures:
-                setting = Setting(num_tokens, width, vocab_size, dtype, temperature=temperature, tail=options.tail,
+                setting = Setting(num_tokens, width, vocab_size, dtype, options.top_k, temperature, tail=options.tail,
                                   ce_weight=options.ce_weight, is_head_frozen=options.frozen_head)  # fmt: skip
                 rows += measure(setting, options.candidates, options.rounds)
-    if options.out is not None:
-        options.out.write_text(json.dumps(rows, indent=1) + "\n")
+                if options.out is not None:
+                    options.out.write_text(json.dumps(rows, indent=1) + "\n")
     if options.plot is not None:
         plot(options.plot, rows, options.candidates)
     return 0

@@ -1,33 +1,35 @@
 """What the teacher's top-k costs beside the head product it needs: time, extra memory, equality with the plain way.
 
-    python jobs/benchmark_topk.py [--shape N,D,V ...] [--dtype bfloat16 float32] [--threads 1 2] [--out FILE.json]
+    jobs/benchmark_topk.py [--shapes NxDxV ...] [--dtypes bfloat16 float32] [--threads 1 2] [--out FILE.json]
 
 The floor is one product `hidden @ weight.T` into a buffer that exists; everything is timed in turns within one run,
-and a ratio is the median over the turns of a time by the floor's of the same turn. Memory is the peak of torch's own
-allocations (its profiler on CPU), without what oneDNN or MKL take inside a product.
+and a ratio is the median over the rounds of a time by the floor's of the same round. extra MB: the peak of torch's own
+allocations (its profiler on CPU), without what oneDNN or MKL take inside a product. same ids: as the plain way's, but
+for ties. max diff: of a log-probability from the plain way's.
 
 With several threads on a machine that is not idle set OMP_WAIT_POLICY=passive: by default threads that wait for each
 other spin, and hold the core that the one waited for needs (seen: 14 times the floor, and 2.2 with it).
 """
 
-import argparse
 import json
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from ray_kd.benchmarks.plot import Bar, grouped_bars, plot_path
+from ray_kd.benchmarks.options import Help, add_common, shape, whole
+from ray_kd.benchmarks.plot import Bar, grouped_bars
+from ray_kd.cli import Parser
 from ray_kd.head import Head
 from ray_kd.teacher.topk import topk_logprobs
 
-SHAPES = ("512,576,49152", "512,1024,151936", "512,2048,32000")
+SHAPES = [(512, 576, 49152), (512, 1024, 151936), (512, 2048, 32000)]
 SHARPNESS = 3.0
 """Standard deviation of the logits. Far more than a model's would time the exponential's underflow."""
 
@@ -68,7 +70,7 @@ def agreement(result: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], fu
     return same, float((result[1] - expected[1]).abs().max())
 
 
-def measure(shape: tuple[int, int, int], dtype: torch.dtype, threads: int, top_k: int, turns: int) -> list[dict]:
+def measure(shape: tuple[int, int, int], dtype: torch.dtype, threads: int, top_k: int, rounds: int) -> list[dict]:
     """One record a method."""
     torch.set_num_threads(threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -88,13 +90,13 @@ def measure(shape: tuple[int, int, int], dtype: torch.dtype, threads: int, top_k
     del full
     memory = {name: peak_nbytes(calls[name]) for name in checks}
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(turns + 1):
+    for round_ in range(rounds + 1):
         for name, call in calls.items():
             start = time.perf_counter()
             call()
             if device == "cuda":
                 torch.cuda.synchronize()
-            if turn > 0:  # the first one warms up
+            if round_ > 0:  # the first one warms up
                 seconds[name].append(time.perf_counter() - start)
     common = {"shape": shape, "top_k": top_k, "dtype": str(dtype).removeprefix("torch."), "threads": threads}
     return [
@@ -116,36 +118,38 @@ def measure(shape: tuple[int, int, int], dtype: torch.dtype, threads: int, top_k
 
 
 def quartiles(seconds: list[float], floor: list[float]) -> tuple[float, float, float]:
-    """Of the ratio within a turn."""
+    """Of the ratio within a round."""
     ratios = [a / b for a, b in zip(seconds, floor, strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
     return low, middle, high
 
 
-def main() -> None:
-    """The command line of this file."""
-    parser = argparse.ArgumentParser(description="Time and memory of the teacher's top-k over one head product.")
-    parser.add_argument("--shape", nargs="+", default=SHAPES, help="tokens,width,vocabulary; default: three models'")
+def main() -> int:
+    parser = Parser("benchmark_topk", description=__doc__, formatter_class=Help)
     parser.add_argument(
-        "--dtype", nargs="+", default=["bfloat16", "float32"], choices=["bfloat16", "float16", "float32"]
+        "--shapes", nargs="+", type=shape, default=SHAPES, metavar="NxDxV", help="tokens, width, vocabulary"
     )
-    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
-    parser.add_argument("--top-k", type=int, default=64)
-    parser.add_argument("--turns", type=int, default=7)
-    parser.add_argument("--out", type=Path, help="write the records here as JSON")
-    parser.add_argument("--plot", type=plot_path, help="draw the ratios, as .png, .svg or .pdf")
+    parser.add_argument(
+        "--dtypes", nargs="+", default=["bfloat16", "float32"], choices=["bfloat16", "float16", "float32"],
+        help="of hidden and head",
+    )  # fmt: skip
+    parser.add_argument("--threads", nargs="+", type=whole(1), default=[1, 2], help="of torch")
+    parser.add_argument("--top-k", type=whole(1), default=64, metavar="K", help="tokens kept")
+    add_common(parser, rounds=7)
     args = parser.parse_args()
+    if args.top_k > min(vocab_size for *_, vocab_size in args.shapes):
+        parser.error(f"argument --top-k: {args.top_k} is more than a vocabulary of --shapes")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler, which measures memory, is talkative
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages, as in the jobs' own Ray
     records = []
     print(
         "  N     D      V  dtype     threads  method  / floor      quartiles       ms  floor ms  extra MB  same ids"
         "  max diff"
     )
-    for shape in args.shape:
-        tokens, width, vocab_size = map(int, shape.split(","))
-        for dtype in args.dtype:
+    for tokens, width, vocab_size in args.shapes:
+        for dtype in args.dtypes:
             for threads in args.threads:
-                found = measure((tokens, width, vocab_size), getattr(torch, dtype), threads, args.top_k, args.turns)
+                found = measure((tokens, width, vocab_size), getattr(torch, dtype), threads, args.top_k, args.rounds)
                 records += found
                 for r in found:
                     print(
@@ -155,16 +159,17 @@ def main() -> None:
                         f"  {r['same_ids']!s:8s}  {r['max_difference']:.0e}",
                         flush=True,
                     )
-    if args.out:
-        args.out.write_text(json.dumps(records, indent=1) + "\n")
+                if args.out:
+                    args.out.write_text(json.dumps(records, indent=1) + "\n")
     if args.plot:
-        groups = [f"{','.join(map(str, r['shape']))}\n{r['dtype']}\nthreads: {r['threads']}" for r in records[::2]]
+        groups = [f"{'x'.join(map(str, r['shape']))}\n{r['dtype']}\nthreads: {r['threads']}" for r in records[::2]]
         bars = {
             method: [Bar(r["over_floor"], r["low"], r["high"]) for r in records if r["method"] == method]
             for method in ("ours", "naive")
         }
         grouped_bars(args.plot, groups, bars, "time / one head product", bound=1.25)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -3,7 +3,7 @@
 jobs/benchmark_wire.py                                     # rows like a language model's (payloads.example)
 jobs/benchmark_wire.py --payloads FILE.npz --out FILE      # real ones: ids and logprobs [..., M, K], vocab_size
 
-Times are medians over interleaved repeats, each after an untimed one, so that a busy machine slows all columns alike;
+Times are medians over interleaved rounds, each after an untimed one, so that a busy machine slows all columns alike;
 both: the quartiles of encode + decode.
 `x memcpy` is encode + decode over copying the arrays. KL is exact || decoded on the K tokens and a bucket, in nats.
 """
@@ -19,7 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from ray_kd.benchmarks.plot import Bar, grouped_bars, plot_path
+from ray_kd.benchmarks.options import Help, add_common, whole
+from ray_kd.benchmarks.plot import Bar, grouped_bars
 from ray_kd.cli import Parser
 from ray_kd.payloads.topk_logprobs import WIRES, TopKLogprobs, example
 
@@ -30,17 +31,19 @@ COLUMNS = (
 
 
 def main() -> int:
-    parser = Parser("benchmark_wire", description=__doc__)
-    parser.add_argument("--top-k", type=int, nargs="+", default=[8, 64], metavar="K")
-    parser.add_argument("--vocab-size", type=int, nargs="+", default=[49152, 151936], metavar="V")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[128, 500, 2048], metavar="M", help="targets a row")
-    parser.add_argument("--repeats", type=int, default=31)
+    parser = Parser("benchmark_wire", description=__doc__, formatter_class=Help)
+    parser.add_argument("--top-k", type=whole(1), nargs="+", default=[8, 64], metavar="K", help="tokens that are sent")
+    parser.add_argument(
+        "--vocab-size", type=whole(4), nargs="+", default=[49152, 151936], metavar="V", help="at least 4 K"
+    )
+    parser.add_argument(
+        "--tokens", type=whole(1), nargs="+", default=[128, 500, 2048], metavar="M", help="targets a row"
+    )
     parser.add_argument("--payloads", type=Path, metavar="FILE", help="an .npz to take instead of synthetic rows")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the table as JSON, too")
-    parser.add_argument("--plot", type=plot_path, metavar="FILE", help="draw encode + decode, as .png, .svg or .pdf")
+    add_common(parser, rounds=31)
     options = parser.parse_args()
-    if min(*options.top_k, *options.tokens, options.repeats) < 1 or 4 * max(options.top_k) > min(options.vocab_size):
-        parser.error("--top-k, --tokens and --repeats are 1 or more, --vocab-size at least 4 times --top-k")
+    if 4 * max(options.top_k) > min(options.vocab_size):
+        parser.error(f"argument --vocab-size: {min(options.vocab_size)} is less than 4 times --top-k")
     if options.payloads is None:
         shapes = itertools.product(options.tokens, options.top_k, options.vocab_size)
         payloads = [example(m, np.random.default_rng(0), k, v, empty=0.0) for m, k, v in shapes]
@@ -52,7 +55,7 @@ def main() -> int:
         parser.error(f"argument --payloads: there is no file '{options.payloads}'")
     print("  ".join(f"{name:>10}" for name in COLUMNS))
     rows: list[dict[str, Any]] = [
-        dict(zip(COLUMNS, row, strict=True)) for payload in payloads for row in measure(payload, options.repeats)
+        dict(zip(COLUMNS, row, strict=True)) for payload in payloads for row in measure(payload, options.rounds)
     ]
     if options.out is not None:
         options.out.write_text(json.dumps(rows, indent=1) + "\n")
@@ -68,20 +71,20 @@ def main() -> int:
     return 0
 
 
-def measure(payload: TopKLogprobs, repeats: int) -> list[tuple[str | int | float, ...]]:
+def measure(payload: TopKLogprobs, rounds: int) -> list[tuple[str | int | float, ...]]:
     """One printed row an encoding."""
     num_tokens, top_k = payload.ids.shape
     blobs = {wire: payload.encode(wire) for wire in WIRES}
     steps: list[Callable[[], object]] = [lambda: (payload.ids.copy(), payload.logprobs.copy())]
     for wire, blob in blobs.items():
         steps += [partial(payload.encode, wire), partial(TopKLogprobs.decode, blob)]
-    seconds = np.empty((repeats, len(steps)))
-    for turn in range(repeats):
+    seconds = np.empty((rounds, len(steps)))
+    for round_ in range(rounds):
         for place, step in enumerate(steps):
             step()
             start = time.perf_counter()
             step()
-            seconds[turn, place] = time.perf_counter() - start
+            seconds[round_, place] = time.perf_counter() - start
     us = 1e6 * seconds / num_tokens
     copy_us, *codec_us = np.median(us, axis=0).tolist()
     both = np.quantile(us[:, 1::2] + us[:, 2::2], [0.25, 0.75], axis=0).T.tolist()

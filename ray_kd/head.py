@@ -12,7 +12,7 @@ from torch.nn import functional
 
 @dataclass(frozen=True)
 class Head:
-    """softcap(scale * (hidden @ weight.T + bias))."""
+    """softcap(scale * (hidden @ weight.T + bias)). `ray_kd.models.head_of` finds a model's."""
 
     weight: Tensor
     """[V, D]."""

@@ -18,6 +18,7 @@ from ray_kd import config as configuration
 from ray_kd import storage
 from ray_kd.config import RunConfig
 from ray_kd.errors import ConfigError
+from ray_kd.payloads import HIDDEN_STATES
 
 CONFIG = "config.yaml"
 IDENTITY = "run.json"
@@ -73,6 +74,10 @@ def identity(config: RunConfig) -> dict[str, Any]:
     for key in _IDENTITY_KEYS:
         section, name = key.split(".")
         values[key] = plain[section][name]
+    if config.teacher.payload == HIDDEN_STATES:  # which leaves these without effect
+        values["loss.tail"] = None
+        if config.eval.kl == "exact":
+            values["teacher.top_k"] = None
     return values
 
 

@@ -122,6 +122,9 @@ def _check_combinations(config: RunConfig) -> None:
     is_dense = config.teacher.payload == HIDDEN_STATES
     make_objective(loss.divergence, None if is_dense else loss.tail, loss.temperature, loss.kd_weight, loss.ce_weight)
     if is_dense:
+        from ray_kd.losses.tail import TAILS
+
+        _require(loss.tail in TAILS, "loss.tail", loss.tail, " | ".join(TAILS))
         wires = plugins.load("payloads", HIDDEN_STATES).WIRES
         _require(config.teacher.wire in wires, "teacher.wire", config.teacher.wire,
                  f"{' | '.join(wires)} with teacher.payload={HIDDEN_STATES}")  # fmt: skip
@@ -152,6 +155,11 @@ def _warn_without_effect(config: RunConfig) -> None:
         and config.teacher.top_k != Teacher.top_k
         and config.eval.kl == "exact"
         and f"teacher.payload={HIDDEN_STATES} sends everything"
+    )
+    idle["loss.temperature"] = (
+        config.loss.temperature != 1
+        and plugins.kind_of(config.loss.divergence) == "cosine"
+        and "a cosine of logits is the same at any"
     )
     idle["loss.tail"] = is_dense and config.loss.tail != Loss.tail and f"teacher.payload={HIDDEN_STATES} leaves no tail"
     joins = cluster.address(config) is not None

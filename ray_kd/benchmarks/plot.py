@@ -1,12 +1,8 @@
 """A benchmark's table as a picture: groups of bars, one bar a candidate, whiskers for the quartiles."""
 
-import argparse
-import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-FORMATS = (".png", ".svg", ".pdf")
 
 
 @dataclass(frozen=True)
@@ -18,23 +14,10 @@ class Bar:
     high: float
 
 
-def plot_path(text: str) -> Path:
-    """The type of a command line's --plot: what could not be drawn is said before anything is measured."""
-    path = Path(text)
-    if path.suffix not in FORMATS:
-        raise argparse.ArgumentTypeError(f"'{text}' ends in none of {', '.join(FORMATS)}")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise argparse.ArgumentTypeError("a plot needs matplotlib: pip install 'ray_kd[bench]'")
-    return path
-
-
 def grouped_bars(
     path: Path, groups: Sequence[str], bars: Mapping[str, Sequence[Bar]], label: str, bound: float | None = None
 ) -> None:
-    """Write a picture, in the format of the path's ending. bars: candidate -> one bar a group.
-
-    bound: drawn as a line across.
-    """
+    """Write a picture, in the format of the path's ending. bars: candidate -> one bar a group; bound: a line across."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(max(6.0, 1.6 * len(groups)), 4.5), layout="constrained")
@@ -48,7 +31,7 @@ def grouped_bars(
         ]
         axes.bar([group + place * width for group in range(len(groups))], middles, width, yerr=whiskers, label=name)
     if bound is not None:
-        axes.axhline(bound, color="black", linewidth=0.8, linestyle="--")
+        axes.axhline(bound, color="black", linewidth=0.8, linestyle="--", label=f"bound: {bound:g}")
     axes.set_xticks([group + 0.4 - width / 2 for group in range(len(groups))], groups, fontsize=8)
     axes.set_ylabel(label)
     axes.legend(fontsize=8)

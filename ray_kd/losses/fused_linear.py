@@ -210,6 +210,10 @@ def _check_topk(hidden: Tensor, targets: Targets, vocab_size: int) -> None:
 
 def _check_dense(hidden: Tensor, targets: DenseTargets, head: Head, vocab_size: int) -> None:
     """Shapes, dtypes and devices of the teacher's hidden states and its head."""
+    if not isinstance(head, Head):
+        raise ValueError(
+            f"teacher_head is a {type(head).__name__}; it must be a ray_kd.losses.Head, such as Head(weight)"
+        )
     teacher_hidden, num_rows = targets.hidden, hidden.shape[0]
     if teacher_hidden.shape != (num_rows, head.width) or not teacher_hidden.is_floating_point():
         raise ValueError(

@@ -2,13 +2,12 @@
 
 import argparse
 import itertools
-from pathlib import Path
 
 import pytest
 import torch
 
 from ray_kd.benchmarks import loss as bench
-from ray_kd.benchmarks import plot, timing
+from ray_kd.benchmarks import options, timing
 from ray_kd.benchmarks.plot import Bar, grouped_bars
 
 SMALL = bench.Setting(num_tokens=24, width=16, vocab_size=400, top_k=8, ce_weight=0.5)
@@ -63,13 +62,30 @@ def test_a_table_becomes_a_picture(tmp_path, ending):
     assert len(content) > 5000
 
 
-def test_what_cannot_be_plotted_is_said_before_anything_is_measured(monkeypatch):
-    assert plot.plot_path("a/b.svg") == Path("a/b.svg")
-    with pytest.raises(argparse.ArgumentTypeError, match=r"'b.foo' ends in none of .png, .svg, .pdf"):
-        plot.plot_path("b.foo")
-    monkeypatch.setattr(plot.importlib.util, "find_spec", lambda name: None)
+@pytest.mark.parametrize(
+    ("kind", "text", "message"),
+    [
+        (options.plot_path, "b.foo", r"'b.foo' ends in none of .png, .svg, .pdf"),
+        (options.out_path, "/nowhere/b.json", r"'/nowhere/b.json' is no file in a folder that exists"),
+        (options.shape, "64,32,1000", "is not tokens x width x vocabulary"),
+        (options.shape, "64x0x1000", "is not tokens x width x vocabulary"),
+        (options.whole(1), "0", "'0' is not a whole number of 1 or more"),
+        (options.whole(1), "two", "'two' is not a whole number"),
+        (options.positive, "0", "'0' is not a number above 0"),
+        (options.positive, "nan", "'nan' is not a number above 0"),
+    ],
+)
+def test_what_cannot_be_used_is_said_before_anything_is_timed(kind, text, message):
+    with pytest.raises(argparse.ArgumentTypeError, match=message):
+        kind(text)
+
+
+def test_what_can_be_used_is_read(tmp_path, monkeypatch):
+    assert options.plot_path(f"{tmp_path}/b.svg") == tmp_path / "b.svg"
+    assert (options.shape("64x32x1000"), options.whole(1)("3"), options.positive("2.5")) == ((64, 32, 1000), 3, 2.5)
+    monkeypatch.setattr(options.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(argparse.ArgumentTypeError, match=r"needs matplotlib: pip install 'ray_kd\[bench\]'"):
-        plot.plot_path("b.png")
+        options.plot_path(f"{tmp_path}/b.png")
 
 
 @pytest.mark.parametrize(("temperature", "factor"), [(1.0, 1.0), (2.0, 4.0)])

@@ -51,6 +51,17 @@ def test_a_run_from_before_payloads_sent_the_top_k(folder, load):
             run_folder.check_identity(folder, load(override))
 
 
+def test_what_has_no_effect_beside_hidden_states_is_no_identity(tmp_path, load):
+    dense = ("teacher.payload=hidden_states", "loss.tail=drop")
+    run_folder.create(tmp_path / "run")
+    run_folder.record(tmp_path / "run", load(*dense), CONTENT)
+    run_folder.check_identity(tmp_path / "run", load("teacher.payload=hidden_states", "teacher.top_k=32"))
+    with pytest.raises(ConfigError, match="holds another run: its "):
+        run_folder.check_identity(tmp_path / "run", load("loss.tail=drop"))
+    with pytest.raises(ConfigError, match="holds another run: its "):
+        run_folder.check_identity(tmp_path / "run", load(*dense, "eval.kl=topk"))
+
+
 IDENTITY = [
     "eval.kl=topk",
     "eval.max_rows=8",

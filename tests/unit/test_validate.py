@@ -253,11 +253,16 @@ def test_what_goes_with_hidden_states_is_said(load, caplog, monkeypatch):
     for kind in kinds(of_logits=True):
         with pytest.raises(ConfigError, match=f"'{kind}' compares whole logits.*teacher.payload=hidden_states"):
             validate(load(f"loss.divergence={kind}"))
+    with pytest.raises(ConfigError, match=r"^loss\.tail is 'bin': allowed is bucket \| renormalize \| drop$"):
+        validate(load("teacher.payload=hidden_states", "loss.tail=bin"))
     with pytest.raises(ConfigError, match=r"^teacher\.top_k is 1000: allowed is at most the teacher's vocabulary"):
         validate(load("teacher.payload=hidden_states", "eval.kl=topk", "teacher.top_k=1000"))
     with caplog.at_level(logging.WARNING):
         validate(load("teacher.payload=hidden_states", "loss.tail=drop"))
     assert "teacher.top_k has no effect: teacher.payload=hidden_states sends everything" in caplog.text
+    with caplog.at_level(logging.WARNING):
+        validate(load("teacher.payload=hidden_states", "loss.divergence=cosine", "loss.temperature=2"))
+    assert "loss.temperature has no effect: a cosine" in caplog.text
     assert "loss.tail has no effect: teacher.payload=hidden_states leaves no tail" in caplog.text
 
 

@@ -1,4 +1,4 @@
-"""Cosine distance of the logits: D = 1 - cos(u, v). Only for a teacher that sent its hidden states.
+"""Cosine distance of the logits: D = 1 - cos(u, v), without T or T^2. Only for a teacher that sent its hidden states.
 
 Compares directions of whole logit vectors, before any softmax: blind to the scale of either, so it says nothing about
 how sure a student is (pair it with `loss.ce_weight`). A temperature has no part in it, nor has T^2. Shifting all logits

@@ -264,6 +264,7 @@ REFUSED = {
     "rows": ({"teacher_hidden": torch.zeros(N - 1, D)}, r"\[6, 6\].*\[7, 6\]"),
     "integers": ({"teacher_hidden": torch.zeros(N, D, dtype=torch.int16)}, "int16 must be floating"),
     "vocabulary": ({"teacher_head": Head(torch.zeros(V + 1, D))}, "20 is larger than the student's of 19"),
+    "no_head": ({"teacher_head": torch.zeros(V, D)}, r"a Tensor; it must be a ray_kd.losses.Head"),
     "bias": ({"teacher_head": Head(torch.zeros(V, D), torch.zeros(V - 1))}, r"bias of teacher_head \[18\].*\[19\]"),
     "bias_dtype": ({"teacher_head": Head(torch.zeros(V, D), torch.zeros(V).half())}, "float16 must be.*float32"),
     "device": ({"teacher_hidden": torch.zeros(N, D, device="meta")}, "teacher_hidden is on meta"),
