@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from ray_kd import models, storage
-from ray_kd.pipeline import _block_rows, _make_student
+from ray_kd.errors import ConfigError
+from ray_kd.pipeline import _block_rows, _make_head, _make_student
 from tests.tiny import tiny_llama
 
 
@@ -41,3 +42,35 @@ def test_a_student_made_of_layers_may_lie_in_an_object_store(object_store, tmp_p
         student.state_dict()["model.layers.1.mlp.up_proj.weight"], whole["model.layers.3.mlp.up_proj.weight"]
     )
     assert models.load_tokenizer(str(there)).get_vocab() == models.load_tokenizer(str(teacher)).get_vocab()
+
+
+@pytest.mark.parametrize("where", ["disk", "store"])
+def test_the_teachers_head_is_kept_whole_and_found_again(where, tmp_path, request, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    teacher = tiny_llama(tmp_path / "teacher", dtype=torch.bfloat16)
+    uri = (
+        str(tmp_path / "head")
+        if where == "disk"
+        else f"{request.getfixturevalue('object_store').uri}/{uuid.uuid4().hex}/teacher_head"
+    )
+    assert models.head_shape(storage.path(uri)) is None
+    shape = _make_head(str(teacher), None, "auto", uri, 1, False)
+    assert shape == models.HeadShape(259, 64, "bfloat16")
+    assert models.head_shape(storage.path(uri)) == shape
+    expected = models.head_of(models.load_causal_lm(str(teacher)))
+    assert torch.equal(models.load_head(uri).weight, expected.weight)
+
+
+def test_a_head_that_cannot_be_rebuilt_is_refused_and_nothing_is_left(tmp_path, monkeypatch):
+    teacher = tiny_llama(tmp_path / "teacher")
+    load = models.load_causal_lm
+
+    def with_a_multiplier(*args, **kwargs):
+        model = load(*args, **kwargs)
+        model.lm_head.register_forward_hook(lambda module, args, output: output * 2)
+        return model
+
+    monkeypatch.setattr(models, "load_causal_lm", with_a_multiplier)
+    with pytest.raises(ConfigError, match=r"does not compute its logits as lm_head\(hidden\)"):
+        _make_head(str(teacher), None, "auto", str(tmp_path / "head"), 1, False)
+    assert not (tmp_path / "head").exists()
