@@ -10,7 +10,7 @@ help:
 	@echo "make quickstart   set up, then distil SmolLM2-135M into 15 of its layers (about 10 minutes)"
 	@echo "make test         set up, then lint and every test"
 	@echo "make setup        make .venv with everything in it; the others do it too"
-	@echo "make test-unit    the tests that need no Ray (six minutes)"
+	@echo "make test-unit    the tests that need no Ray (four minutes)"
 	@echo "make lint         ruff and mypy through pre-commit"
 	@echo "make format       fix and format with ruff"
 	@echo "make clean        remove .venv and runs"
