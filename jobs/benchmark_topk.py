@@ -13,9 +13,7 @@ other spin, and hold the core that the one waited for needs (seen: 14 times the 
 
 import json
 import os
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from ray_kd.benchmarks.options import Help, add_common, shape, whole
 from ray_kd.benchmarks.plot import Bar, grouped_bars
+from ray_kd.benchmarks.timing import in_turns
 from ray_kd.cli import Parser
 from ray_kd.head import Head
 from ray_kd.teacher.topk import topk_logprobs
@@ -89,39 +88,36 @@ def measure(shape: tuple[int, int, int], dtype: torch.dtype, threads: int, top_k
     checks = {name: agreement(calls[name](), expected, full) for name in ("ours", "naive")}
     del full
     memory = {name: peak_nbytes(calls[name]) for name in checks}
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for round_ in range(rounds + 1):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            if round_ > 0:  # the first one warms up
-                seconds[name].append(time.perf_counter() - start)
+    floor, *others = (finished(call, device) for call in calls.values())
+    timings = in_turns(floor, dict(zip(checks, others, strict=True)), rounds)
     common = {"shape": shape, "top_k": top_k, "dtype": str(dtype).removeprefix("torch."), "threads": threads}
     return [
         {
             **common,
             "method": name,
-            "over_floor": middle,
-            "low": low,
-            "high": high,
-            "ms": 1e3 * statistics.median(seconds[name]),
-            "floor_ms": 1e3 * statistics.median(seconds["floor"]),
+            "over_floor": timings[name].ratio,
+            "low": timings[name].low,
+            "high": timings[name].high,
+            "ms": 1e3 * timings[name].median_s,
+            "floor_ms": 1e3 * timings["floor"].median_s,
             "extra_mb": memory[name] / 2**20,
             "same_ids": same,
             "max_difference": difference,
         }
         for name, (same, difference) in checks.items()
-        for low, middle, high in [quartiles(seconds[name], seconds["floor"])]
     ]
 
 
-def quartiles(seconds: list[float], floor: list[float]) -> tuple[float, float, float]:
-    """Of the ratio within a round."""
-    ratios = [a / b for a, b in zip(seconds, floor, strict=True)]
-    low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
-    return low, middle, high
+def finished(call: Callable[[], Any], device: str) -> Callable[[], Any]:
+    """The call until the device has done it."""
+    if device == "cpu":
+        return call
+
+    def waiting() -> None:
+        call()
+        torch.cuda.synchronize()
+
+    return waiting
 
 
 def main() -> int:

@@ -105,13 +105,18 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
         yield from _chain(cause)
 
 
+def _ours(error: BaseException) -> RayKDError | None:
+    """What our own code said, if it stands anywhere behind the error: the outermost of it, without what it carries."""
+    found = next((inner for inner in _chain(error) if isinstance(inner, RayKDError)), None)
+    return None if found is None else type(found)(str(found))
+
+
 def of_task(error: "RayError", what: str) -> BaseException:
     """The error with the exit code that fits a Ray task that failed: what our code said, a lost process, or a bug."""
     from ray.exceptions import RayTaskError
 
-    for inner in _chain(error):
-        if isinstance(inner, RayKDError):
-            return type(inner)(str(inner))
+    if (ours := _ours(error)) is not None:
+        return ours
     if isinstance(error, RayTaskError):
         return RuntimeError(f"{what}: {type(error.cause).__name__}: {error.cause}")
     return RetryableError(f"{what} failed: {str(error).strip().splitlines()[0]}")
@@ -128,9 +133,8 @@ def _mapped(error: BaseException) -> BaseException:
     elif isinstance(error, ControllerError):
         causes = [error.controller_failure]
     for cause in causes:
-        for inner in _chain(cause):
-            if isinstance(inner, RayKDError):
-                return type(inner)(str(inner))
+        if (ours := _ours(cause)) is not None:
+            return ours
     lost = next((c for c in causes if isinstance(c, RayActorError) or type(c).__module__.startswith("ray.train")), None)
     if lost is not None or isinstance(error, RayError):
         line = str(lost or error).strip().splitlines()[0]

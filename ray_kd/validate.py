@@ -144,6 +144,7 @@ def _check_combinations(config: RunConfig) -> None:
 
 def _warn_without_effect(config: RunConfig) -> None:
     from ray_kd import models
+    from ray_kd.losses.objective import make_objective
 
     idle = {"teacher.cache.path": config.teacher.cache.path is not None and "teacher.cache.mode is disabled"}
     for name, section in (("teacher", config.teacher), ("student", config.student)):
@@ -158,8 +159,8 @@ def _warn_without_effect(config: RunConfig) -> None:
     )
     idle["loss.temperature"] = (
         config.loss.temperature != 1
-        and plugins.kind_of(config.loss.divergence) == "cosine"
-        and "a cosine of logits is the same at any"
+        and make_objective(config.loss.divergence, tail=None).compares_logits
+        and f"a {plugins.kind_of(config.loss.divergence)} of logits is the same at any"
     )
     idle["loss.tail"] = is_dense and config.loss.tail != Loss.tail and f"teacher.payload={HIDDEN_STATES} leaves no tail"
     joins = cluster.address(config) is not None

@@ -10,6 +10,7 @@ from typing import Generic, Protocol, Self, TypeVar
 import torch
 from torch import Tensor
 
+from ray_kd.head import Head
 from ray_kd.losses.objective import Objective
 from ray_kd.losses.targets import HeadGradients
 
@@ -72,10 +73,7 @@ class ChunkedHead(Generic[AnyTargets]):
         """
         num_rows = hidden.shape[0]
         logits = self.buffer("logits", num_rows, self.weight.dtype)
-        if self.bias is None:
-            torch.mm(hidden, self.weight.t(), out=logits)
-        else:
-            torch.addmm(self.bias, hidden, self.weight.t(), out=logits)
+        Head(self.weight, self.bias).product(hidden, out=logits)
         sums = logits.new_zeros(4, dtype=self.dtype)
         factors = []
         for start in range(0, num_rows, self.block_rows or num_rows):

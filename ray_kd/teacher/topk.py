@@ -75,12 +75,9 @@ def _select_by_groups(hidden: Tensor, head: Head, top_k: int, temperature: float
     logsumexps = []
     for start in range(0, vocab_size, tile_groups * GROUP_SIZE):
         part = slice(start, start + tile_groups * GROUP_SIZE)
-        weight = head.weight[part]
-        width, tile_groups_here = len(weight), -(-len(weight) // GROUP_SIZE)
-        if head.bias is None:
-            torch.mm(hidden, weight.t(), out=tile[:, :width])
-        else:
-            torch.addmm(head.bias[part], hidden, weight.t(), out=tile[:, :width])
+        tile_head = Head(head.weight[part], None if head.bias is None else head.bias[part])
+        width, tile_groups_here = tile_head.vocab_size, -(-tile_head.vocab_size // GROUP_SIZE)
+        tile_head.product(hidden, out=tile[:, :width])
         tile[:, width : tile_groups_here * GROUP_SIZE] = -math.inf
         end = top_k + tile_groups_here
         padded = tile[:, : tile_groups_here * GROUP_SIZE]
