@@ -56,11 +56,17 @@ def main() -> int:
         "--candidates", nargs="+", default=list(CANDIDATES), choices=list(CANDIDATES), metavar="NAME",
         help=f"of {', '.join(map(repr, CANDIDATES))}",
     )  # fmt: skip
+    parser.add_argument(
+        "--sparse-weight-grad", action="store_true",
+        help="ours gives d weight as a sparse tensor (--tail renormalize --ce-weight 0 only)",
+    )  # fmt: skip
     parser.add_argument("--frozen-head", action="store_true", help="no gradient of the head: a floor of two products")
     parser.add_argument("--threads", type=whole(1), default=1, help="of torch")
     add_common(parser, rounds=7)
     parser.add_argument("--peak", nargs=2, metavar=("CANDIDATE", "SETTING"), help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.sparse_weight_grad and (options.tail != "renormalize" or options.ce_weight):
+        parser.error("argument --sparse-weight-grad: the gradient is sparse with --tail renormalize --ce-weight 0 only")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read at torch's first allocation
     import torch
 
@@ -77,7 +83,8 @@ def main() -> int:
         for dtype in options.dtypes:
             for temperature in options.temperatures:
                 setting = Setting(num_tokens, width, vocab_size, dtype, options.top_k, temperature, tail=options.tail,
-                                  ce_weight=options.ce_weight, is_head_frozen=options.frozen_head)  # fmt: skip
+                                  ce_weight=options.ce_weight, is_head_frozen=options.frozen_head,
+                                  sparse_weight_grad=options.sparse_weight_grad)  # fmt: skip
                 rows += measure(setting, options.candidates, options.rounds)
                 if options.out is not None:
                     options.out.write_text(json.dumps(rows, indent=1) + "\n")

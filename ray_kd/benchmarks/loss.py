@@ -31,6 +31,7 @@ class Setting:
     ce_weight: float = 0.5
     tail: str = "bucket"
     is_head_frozen: bool = False
+    sparse_weight_grad: bool = False
 
     @property
     def name(self) -> str:
@@ -108,7 +109,8 @@ def ours(setting: Setting, batch: Batch, chunk_size: int | None = None) -> Tenso
     more: dict[str, Any] = {} if chunk_size is None else {"chunk_size": chunk_size}
     return fused_linear_kd_loss(
         batch.hidden, batch.weight, batch.teacher_ids, batch.teacher_logprobs, batch.labels,
-        tail=setting.tail, temperature=setting.temperature, ce_weight=setting.ce_weight, **more,
+        tail=setting.tail, temperature=setting.temperature, ce_weight=setting.ce_weight,
+        sparse_weight_grad=setting.sparse_weight_grad, **more,
     ).loss  # fmt: skip
 
 
@@ -195,7 +197,7 @@ def gradient_errors(setting: Setting, candidate: str) -> dict[str, float]:
     step(setting, exact, naive)()
     named = {"hidden": (batch.hidden, exact.hidden), "weight": (batch.weight, exact.weight)}
     return {
-        name: float((got.grad.double() - want.grad).abs().max() / want.grad.abs().max())
+        name: float((got.grad.to_dense().double() - want.grad).abs().max() / want.grad.abs().max())
         for name, (got, want) in named.items()
         if got.grad is not None and want.grad is not None
     }

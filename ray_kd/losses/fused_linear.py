@@ -60,6 +60,7 @@ def fused_linear_kd_loss(
     chunk_size: int = 256,
     payload_temperature: float | None = None,
     validate: bool = False,
+    sparse_weight_grad: bool = False,
 ) -> LossOutput:
     """(1/n) * sum over valid tokens of ce_weight CE(z, label) + kd_weight T^2 D(teacher, softmax(z / T)).
 
@@ -74,6 +75,9 @@ def fused_linear_kd_loss(
     tail: bucket, renormalize or drop, see `tail.py`.
     num_valid_tokens: n of the whole step (all ranks and micro-batches); default: of this call.
     chunk_size: the most rows of logits at a time.
+    sparse_weight_grad: the gradient of lm_head_weight is a sparse COO tensor (not coalesced) of the rows that the
+    teacher names, for an optimiser that takes one (torch.optim.SparseAdam, SGD), as `torch.nn.Embedding(sparse=True)`
+    gives it. For tail renormalize with ce_weight 0 and K < V, the path that touches no other row.
 
     Ignored rows are dropped before any product, except on a device with num_valid_tokens given: nothing waits for the
     device then, the caller passes target rows, and an ignored row costs time but counts nothing.
@@ -93,8 +97,14 @@ def fused_linear_kd_loss(
         _check_logprobs(targets, lm_head_weight.shape[0], look_for_repeats=validate)
 
     is_sparse = objective.ignores_rest and ce_weight == 0 and teacher_ids.shape[1] < lm_head_weight.shape[0]
+    if sparse_weight_grad and not is_sparse:
+        raise ValueError(
+            f"sparse_weight_grad=True with tail {tail}, ce_weight={ce_weight} and K = {teacher_ids.shape[1]} of "
+            f"{lm_head_weight.shape[0]} tokens: the gradient is dense; allowed: tail renormalize, ce_weight 0 and K < V"
+        )
     make_head = partial(SparseHead if is_sparse else TopKHead, objective)
-    plan = Plan(make_head, objective, targets, kept_rows, _scale(num_here, num_valid_tokens), chunk_size)
+    scale = _scale(num_here, num_valid_tokens)
+    plan = Plan(make_head, objective, targets, kept_rows, scale, chunk_size, sparse_weight_grad)
     return _output(*plan.apply(hidden, lm_head_weight, lm_head_bias), num_here)
 
 

@@ -28,6 +28,8 @@ class Plan:
     scale: float | Tensor
     """1 / n."""
     chunk_size: int
+    sparse_weight_grad: bool = False
+    """Whether the gradient of the weight is a sparse COO tensor; SparseHead alone can make one."""
 
     def apply(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         """The loss, differentiable where something is to be differentiated, and the four sums over n."""
@@ -47,12 +49,14 @@ class Plan:
         head = self.make_head(weight, bias, 1.0 if scales_late else self.scale, dtype)
         chunk_size = min(self.chunk_size, head.max_rows or self.chunk_size)
         grad_hidden = hidden.new_zeros(hidden.shape) if needs[0] else None
+        makes_rows = needs[1] and self.sparse_weight_grad
         new_weight_grad = weight.new_empty if head.overwrites_weight_grad and num_rows else weight.new_zeros
         # A float16 sum over many tokens that waits for its 1 / n could overflow.
         weight_grad_dtype = dtype if scales_late else weight.dtype
         gradients = HeadGradients(
-            weight=new_weight_grad(weight.shape, dtype=weight_grad_dtype) if needs[1] else None,
+            weight=new_weight_grad(weight.shape, dtype=weight_grad_dtype) if needs[1] and not makes_rows else None,
             bias=weight.new_zeros(weight.shape[0], dtype=dtype) if needs[2] else None,
+            weight_rows=[] if makes_rows else None,
         )
 
         sums = hidden.new_zeros(4, dtype=dtype)
@@ -70,7 +74,17 @@ class Plan:
         grad_bias = gradients.bias
         if grad_bias is not None and not scales_late:
             grad_bias = grad_bias.to(weight.dtype)
-        return loss, sums, (grad_hidden, gradients.weight, grad_bias)
+        grad_weight = gradients.weight
+        if gradients.weight_rows is not None:
+            grad_weight = _sparse(gradients.weight_rows, weight, weight_grad_dtype)
+        return loss, sums, (grad_hidden, grad_weight, grad_bias)
+
+
+def _sparse(rows: list[tuple[Tensor, Tensor]], weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A sparse COO tensor like weight, not coalesced: a row that several chunks touch is there several times."""
+    ids = torch.cat([ids for ids, _ in rows] or [weight.new_empty(0, dtype=torch.int64)])
+    values = torch.cat([values for _, values in rows] or [weight[:0]]).to(dtype)
+    return torch.sparse_coo_tensor(ids[None], values, weight.shape, check_invariants=False)
 
 
 def _scales_late(hidden: Tensor) -> bool:
@@ -117,6 +131,8 @@ def _multiply_(grad: Tensor, factor: Tensor) -> None:
     Past the version counter: it would forbid the next backward of a retained graph, and is still needed to catch a
     caller who changes the gradients before that.
     """
+    if grad.is_sparse:
+        grad = grad._values()
     if grad.dtype == factor.dtype:
         grad.data.mul_(factor)
     else:

@@ -62,6 +62,8 @@ class SparseHead:
         if gradients.bias is not None:
             gradients.bias.index_add_(0, distinct, grad.sum(0))
         grad = grad.to(weight.dtype)
+        if gradients.weight_rows is not None:
+            gradients.weight_rows.append((distinct, grad.t() @ hidden))
         if gradients.weight is not None:
             gradients.weight.index_add_(0, distinct, (grad.t() @ hidden).to(gradients.weight.dtype))
         return sums, grad @ weight if wants_hidden else None

@@ -56,7 +56,9 @@ class HeadGradients:
     """Sums over chunks; None: not needed.
 
     weight [V, H] in the head's dtype (float32 for a float16 head), bias [V] in the dtype of the loss.
+    weight_rows: instead of weight, the rows of the head that a chunk touches, [U] ids and [U, H], a pair a chunk.
     """
 
     weight: Tensor | None
     bias: Tensor | None
+    weight_rows: list[tuple[Tensor, Tensor]] | None = None

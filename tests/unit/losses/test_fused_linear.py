@@ -16,7 +16,9 @@ from tests.reference.kd_loss import REFERENCES, kd_loss
 KINDS = kinds()
 DENSE = {"divergence": "forward_kl", "tail": "bucket", "ce_weight": 0.5}
 SPARSE = {"divergence": "jsd", "tail": "renormalize"}
-both_paths = pytest.mark.parametrize("options", [DENSE, SPARSE], ids=["dense", "sparse"])
+SPARSE_GRAD = SPARSE | {"sparse_weight_grad": True}
+dense_gradients = pytest.mark.parametrize("options", [DENSE, SPARSE], ids=["dense", "sparse"])
+both_paths = pytest.mark.parametrize("options", [DENSE, SPARSE, SPARSE_GRAD], ids=["dense", "sparse", "sparse_grad"])
 
 
 def head_grad(batch, **options):
@@ -103,7 +105,7 @@ def test_tensors_need_not_be_contiguous(options):
         torch.testing.assert_close(grad, grads_of(expected)[name], rtol=1e-12, atol=1e-14)
 
 
-@both_paths
+@dense_gradients
 def test_a_mass_a_little_over_one_is_rounding(options):
     """Log-probabilities that went through bf16."""
     batch = draw(vocab_size=40, top_k=40, dtype=torch.float32)
@@ -226,7 +228,7 @@ def test_metrics_are_detached_and_the_count_may_be_a_tensor():
 # -- autograd -------------------------------------------------------------------------------------------------------
 
 
-@both_paths
+@dense_gradients
 def test_gradcheck(options):
     batch = draw(with_bias=True, with_empty=True)
 
@@ -247,6 +249,28 @@ def test_backward_multiplies_by_the_factor_it_is_given(options, dtype):
     (fused_linear_kd_loss(**scaled, **options).loss * (1 / 3)).backward()
     for name, grad in grads_of(scaled).items():
         torch.testing.assert_close(grad.double(), grads_of(plain)[name].double() / 3, rtol=2**-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("num_valid_tokens", [None, 20])
+def test_a_sparse_gradient_of_the_head_is_the_dense_one(num_valid_tokens):
+    batch = draw(num_tokens=300, vocab_size=90, with_bias=True)  # three chunks, with tokens in common
+    dense, sparse = with_grads(batch), with_grads(batch)
+    fused_linear_kd_loss(**dense, **SPARSE, num_valid_tokens=num_valid_tokens).loss.backward()
+    fused_linear_kd_loss(**sparse, **SPARSE_GRAD, num_valid_tokens=num_valid_tokens).loss.backward()
+    assert sparse["lm_head_weight"].grad.is_sparse
+    for name, grad in grads_of(sparse).items():
+        torch.testing.assert_close(grad.to_dense(), grads_of(dense)[name])
+
+
+@pytest.mark.parametrize("optimiser", [torch.optim.SGD, torch.optim.SparseAdam], ids=lambda o: o.__name__)
+def test_a_sparse_gradient_trains_the_rows_that_the_teacher_names(optimiser):
+    batch = draw(num_tokens=4, vocab_size=90, top_k=3)
+    weight = batch["lm_head_weight"].clone().requires_grad_()
+    fused_linear_kd_loss(**batch | {"lm_head_weight": weight}, **SPARSE_GRAD).loss.backward()
+    optimiser([weight], lr=0.1).step()
+    changed = (weight.detach() != batch["lm_head_weight"]).any(-1).nonzero().flatten()
+    ids = batch["teacher_ids"][batch["labels"] != -100]
+    assert set(changed.tolist()) == set(ids[ids >= 0].tolist())
 
 
 def test_a_retained_graph_gives_right_gradients_again_and_leaves_the_first_alone():
@@ -411,6 +435,11 @@ REFUSED = {
         "K = 0.*1 to",
     ),
     "needs_whole_logits": ({"divergence": "cosine"}, "'cosine' compares whole logits.*teacher.payload=hidden_states"),
+    "sparse_gradient_of_a_bucket": ({"sparse_weight_grad": True}, "with tail bucket, ce_weight=0.0.*renormalize"),
+    "sparse_gradient_with_ce": (
+        {"sparse_weight_grad": True, "tail": "renormalize", "ce_weight": 0.5},
+        "ce_weight=0.5.*ce_weight 0",
+    ),
     "repeated_ids": ({"teacher_ids": torch.zeros(7, 4, dtype=torch.long), "validate": True}, "repeat"),
 }
 
