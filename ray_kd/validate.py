@@ -5,7 +5,9 @@ Raises ConfigError (exit code 64) with one line: the key, the value seen, the va
 
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ray_kd import cluster, plugins, storage
@@ -175,21 +177,11 @@ def _check_models(config: RunConfig) -> Models:
 
     teacher_key = config.teacher
     engine, _ = plugins.options("teacher.engines", teacher_key.engine, "teacher.engine")
-    of_engine = f"with teacher.engine '{plugins.kind_of(teacher_key.engine)}'"
-    provides = engine.Engine.provides
-    _require(teacher_key.payload in provides, "teacher.payload", teacher_key.payload,
-             f"{' | '.join(sorted(provides))} {of_engine}")  # fmt: skip
-    if teacher_key.payload == HIDDEN_STATES:
-        _require(engine.Engine.is_local_model, "teacher.payload", HIDDEN_STATES,
-                 f"{TOPK_LOGPROBS} {of_engine}: it has no model here whose head could be taken")  # fmt: skip
-    else:
-        # An engine of a third party may be older than the draws.
-        selections = getattr(engine.Engine, "selections", frozenset({TOPK}))
-        _require(teacher_key.selection in selections, "teacher.selection", teacher_key.selection,
-                 f"{' | '.join(sorted(selections))} {of_engine}")  # fmt: skip
+    _check_needs(config, engine.Engine)
     is_evaluated_by_topk = config.eval.kl == "topk" or not engine.Engine.is_local_model
-    _require(not is_evaluated_by_topk or TOPK_LOGPROBS in provides, "eval.kl", config.eval.kl,
-             f"exact {of_engine}, which sends no {TOPK_LOGPROBS}")  # fmt: skip
+    _require(not is_evaluated_by_topk or TOPK_LOGPROBS in engine.Engine.provides, "eval.kl", config.eval.kl,
+             f"exact with teacher.engine '{plugins.kind_of(teacher_key.engine)}', which sends no {TOPK_LOGPROBS}",
+    )  # fmt: skip
     teacher = models.check_model(teacher_key.model, teacher_key.revision, "teacher")
     student = None
     if config.student.model is not None:
@@ -213,6 +205,38 @@ def _check_models(config: RunConfig) -> Models:
              f"at most the teacher's vocabulary of {teacher.vocab_size}")  # fmt: skip
     _check_length(config.data.sequence_length, teacher=teacher, student=student)
     return Models(teacher, student)
+
+
+def _check_needs(config: RunConfig, engine: Any) -> None:
+    """What payload and loss need is what the engine provides; the message says which engine would do."""
+    needs: list[tuple[str, Any, Callable[[Any], list[Any]]]] = [("teacher.payload", config.teacher.payload, _payloads)]
+    if config.teacher.payload != HIDDEN_STATES:
+        needs.append(("teacher.selection", config.teacher.selection, _selections))
+        if config.loss.temperature != 1:
+            needs.append(("loss.temperature", config.loss.temperature, partial(_temperatures, config)))
+    for key, value, provided in needs:
+        if value not in provided(engine):
+            group = "teacher.engines"
+            kinds = [kind for kind in plugins.available(group) if kind != "fake"]  # which is for tests
+            others = [kind for kind in kinds if value in provided(plugins.load(group, kind).Engine)]
+            hint = f"; teacher.engine {' or '.join(map(repr, others))} would do" if others else ""
+            raise ConfigError(
+                f"{key} is {value!r}: allowed is {' | '.join(map(str, provided(engine)))} with teacher.engine "
+                f"'{plugins.kind_of(config.teacher.engine)}'{hint}"
+            )
+
+
+def _payloads(engine: Any) -> list[str]:
+    """Hidden states are of use beside the head that they go through, which is taken from a model that is here."""
+    return sorted(engine.provides if engine.is_local_model else engine.provides - {HIDDEN_STATES})
+
+
+def _selections(engine: Any) -> list[str]:
+    return sorted(getattr(engine, "selections", {TOPK}))  # an engine of a third party may be older than the draws
+
+
+def _temperatures(config: RunConfig, engine: Any) -> list[float]:
+    return [1, config.loss.temperature] if getattr(engine, "any_temperature", True) else [1]
 
 
 def _check_init(layers: Any, select: str, total: int) -> None:

@@ -56,6 +56,8 @@ class Engine(Protocol):
     """Payload kinds it can answer with; hidden states only where `is_local_model`: their head comes from there."""
     selections: frozenset[str]
     """Which of `SELECTIONS` it can make."""
+    any_temperature: bool
+    """Whether it answers at any temperature, or at 1 alone."""
     is_local_model: bool
     """Whether its answers are those of the model folder itself, so that evaluation may load it for the exact KL."""
 
@@ -77,7 +79,10 @@ def rows_in(rows: Rows) -> int:
     return len(np.asarray(rows["input_ids"]))
 
 
-def check_request(request: Request, provides: frozenset[str], selections: frozenset[str], vocab_size: int) -> None:
+def check_request(
+    request: Request, provides: frozenset[str], selections: frozenset[str], vocab_size: int,
+    any_temperature: bool = True,
+) -> None:  # fmt: skip
     """Refuse what no engine over this vocabulary could answer. Raises ValueError with the values allowed."""
     if request.kind not in provides:
         raise ValueError(f"the engine provides {', '.join(sorted(provides))}, not '{request.kind}'")
@@ -89,3 +94,5 @@ def check_request(request: Request, provides: frozenset[str], selections: frozen
         raise ValueError(f"top_k is {request.top_k}; allowed: 1 to the vocabulary size {vocab_size}")
     if not request.temperature > 0:
         raise ValueError(f"temperature is {request.temperature}; allowed: above 0")
+    if request.temperature != 1 and not any_temperature:
+        raise ValueError(f"temperature is {request.temperature}; the engine answers at 1 alone")

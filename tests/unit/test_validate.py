@@ -225,8 +225,23 @@ def test_hidden_states_need_the_model_here_and_evaluation_what_it_asks_for(load,
     ):
         validate(load("teacher.payload=hidden_states", "eval.kl=topk"))
     monkeypatch.setattr(hf.Engine, "is_local_model", False)
-    with pytest.raises(ConfigError, match=r"^teacher\.payload is 'hidden_states': allowed is topk_logprobs .*no model"):
+    monkeypatch.setattr(hf.Engine, "provides", frozenset({"topk_logprobs", "hidden_states"}))
+    with pytest.raises(
+        ConfigError, match=r"^teacher\.payload is 'hidden_states': allowed is topk_logprobs with teacher\.engine 'hf'$"
+    ):
         validate(load("teacher.payload=hidden_states"))
+
+
+def test_what_an_engine_cannot_do_names_one_that_can(load, monkeypatch):
+    from ray_kd.teacher.engines import fake
+
+    monkeypatch.setattr(fake.Engine, "any_temperature", False)
+    validate(load("teacher.engine=fake"))
+    with pytest.raises(
+        ConfigError,
+        match=r"^loss\.temperature is 2\.0: allowed is 1 with teacher\.engine 'fake'; teacher\.engine 'hf' would do$",
+    ):
+        validate(load("teacher.engine=fake", "loss.temperature=2"))
 
 
 @pytest.mark.parametrize("divergence", [*kinds(), *kinds(of_logits=True)])

@@ -38,6 +38,7 @@ class Engine:
 
     provides = frozenset({TOPK_LOGPROBS})
     selections = frozenset(SELECTIONS)
+    any_temperature = True
     is_local_model = False
 
     def __init__(

@@ -30,6 +30,7 @@ class Engine:
 
     provides = frozenset({TOPK_LOGPROBS, HIDDEN_STATES})
     selections = frozenset(SELECTIONS)
+    any_temperature = True
     is_local_model = True
 
     def __init__(
