@@ -95,6 +95,25 @@ def prepare_data(argv: list[str]) -> int:
     return EXIT_DONE
 
 
+def cache_teacher(argv: list[str]) -> int:
+    """Keep the teacher's answers to all training rows of a config; `distill` with a teacher.cache.mode finds them.
+
+    Killed, or run again, it computes what is not there yet.
+    """
+    config = _config_from(argv, "cache_teacher", cache_teacher.__doc__)
+    if config is None:
+        return EXIT_DONE
+    _start_logging(config)
+    from ray_kd import pipeline
+
+    result = pipeline.cache_teacher(config)
+    print(
+        f"cached: {result.rows} rows, {result.computed} computed now, {result.refused} refused by the teacher, "
+        f"{result.rows_per_second:.1f} rows/s: {result.folder}"
+    )
+    return EXIT_DONE
+
+
 def evaluate(argv: list[str]) -> int:
     """Measure a run's student against its teacher on the held-out rows: KL, perplexity, bits per byte, agreement."""
     parser = Parser("evaluate", description=evaluate.__doc__)
@@ -136,6 +155,7 @@ def export(argv: list[str]) -> int:
 JOBS: dict[str, Callable[[list[str]], int]] = {
     "distill": distill,
     "prepare_data": prepare_data,
+    "cache_teacher": cache_teacher,
     "evaluate": evaluate,
     "export": export,
 }

@@ -65,9 +65,9 @@ class Pool:
 @dataclass
 class Cache:
     mode: str = "disabled"
-    """disabled. (write_through and read arrive with the teacher cache; until then they are refused.)"""
+    """disabled | write_through (keep every answer, compute none twice) | read (use what is there, keep nothing)."""
     path: str | None = None
-    """Folder of cached teacher answers. Default: <run.dir>/../teacher_cache."""
+    """Folder of the teacher's answers, for any number of runs. Default: <run.dir>/../teacher_cache."""
 
 
 @dataclass
@@ -264,6 +264,8 @@ def _make_absolute(config: RunConfig) -> None:
     config.run.dir = _absolute(config.run.dir)
     if config.data.prepared_dir is not None:
         config.data.prepared_dir = _absolute(config.data.prepared_dir)
+    if config.teacher.cache.path is not None:
+        config.teacher.cache.path = _absolute(config.teacher.cache.path)
     for source in (config.data.source, config.data.eval_source):
         if isinstance(source, dict) and isinstance(source.get("paths"), str | list):
             paths = source["paths"]

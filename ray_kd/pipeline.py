@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from ray_kd import checkpoint, cluster, launch, refusal, results, run_folder, schema, storage, summary
+from ray_kd import checkpoint, cluster, launch, refusal, results, run_folder, schema, storage, summary, teacher_cache
 from ray_kd import config as configuration
 from ray_kd.config import Pool, RunConfig
 from ray_kd.data.order import SlotOrder
@@ -27,6 +27,7 @@ from ray_kd.heldout import make_evaluate
 from ray_kd.locks import Held, Lost, driver_lock
 from ray_kd.payloads import HIDDEN_STATES, TOPK_LOGPROBS, hidden_states, topk_logprobs
 from ray_kd.progress import Progress
+from ray_kd.teacher.cache import WRITE_THROUGH, Cache
 from ray_kd.teacher.engine import Request
 from ray_kd.teacher.stage import EngineSpec, TeacherStage
 from ray_kd.trainer.feed import Expected
@@ -79,9 +80,12 @@ def distill(config: RunConfig) -> dict[str, Any]:
                 order = _order(config, prepared.manifest)
                 planned = summary.Planned.of(prepared.manifest, order)
                 _warn(config, order)
+                cache = teacher_cache.open_for(config, prepared)
                 student_path = _student(config, run_dir, prepared)
-                payload = _teacher_payload(config, run_dir, vocab_size)
+                payload = _teacher_payload(config, run_dir, vocab_size, cache)
                 _fit(config, run_dir, held, prepared, order, student_path, payload)
+                if cache is not None and cache.is_written:
+                    cache.merge()
                 held.check()
                 results.finish(config, run_dir)
         except BaseException as error:
@@ -89,6 +93,23 @@ def distill(config: RunConfig) -> dict[str, Any]:
                 _write_failure(run_dir, planned, error)
             raise
         return summary.write(run_dir, planned, EXIT_DONE)
+
+
+def cache_teacher(config: RunConfig) -> teacher_cache.Filled:
+    """Fill the teacher's cache for the training rows of a config, whatever its mode. Starts or joins a Ray.
+
+    Raises ConfigError, DataError or RetryableError with one line for the user.
+    """
+    config.teacher.cache.mode = WRITE_THROUGH
+    teacher = validate(config).teacher
+    with cluster.connected(config, trains=False), launch.interruptible():
+        prepared = prepare(config)
+        cache = teacher_cache.open_for(config, prepared)
+        assert cache is not None
+        nbytes = hidden_states.nbytes_per_token(teacher.hidden_size)
+        if config.teacher.payload == TOPK_LOGPROBS:
+            nbytes = topk_logprobs.nbytes_per_token(cache.contents.request.top_k, teacher.vocab_size)
+        return teacher_cache.fill(config, prepared, cache, nbytes)
 
 
 def _write_failure(run_dir: Path, planned: summary.Planned | None, error: BaseException) -> None:
@@ -173,8 +194,11 @@ def _warn(config: RunConfig, order: SlotOrder) -> None:
         if value > order.num_steps:
             logger.warning("train.%s=%d has no effect: the run has %d steps", key, value, order.num_steps)
     passes = order.num_planned_rows / order.num_rows
-    if passes > 1:
-        logger.warning("the teacher computes every row again in each epoch: %.1f passes over the data", passes)
+    if passes > 1 and config.teacher.cache.mode != WRITE_THROUGH:
+        logger.warning(
+            "the teacher computes every row again in each epoch, %.1f passes over the data: "
+            "teacher.cache.mode=write_through makes it one", passes,
+        )  # fmt: skip
     if train_options.num_workers == 1 and train_options.zero_stage > 0:
         logger.info("train.zero_stage=%d on one worker: stage 0 is cheaper there", train_options.zero_stage)
 
@@ -256,20 +280,25 @@ def _make_student(
 
 @dataclass(frozen=True)
 class _TeacherPayload:
-    """What the teacher will send."""
+    """What the teacher is asked, and what of it the student will be sent."""
 
+    request: Request
+    """Of the cache, where there is one: its K may be larger, its temperature another."""
+    cache: Cache | None
     expected: Expected
     nbytes_per_token: int
     head: str | None
     """Folder of the head that makes log-probabilities of hidden states."""
 
 
-def _teacher_payload(config: RunConfig, run_dir: Path, vocab_size: int) -> _TeacherPayload:
+def _teacher_payload(config: RunConfig, run_dir: Path, vocab_size: int, cache: Cache | None) -> _TeacherPayload:
     """The payloads of the run. For hidden states the teacher is loaded once a run, to save its head."""
-    teacher, temperature = config.teacher, config.loss.temperature
+    teacher = config.teacher
+    request = teacher_cache.asked_of_teacher(config) if cache is None else cache.contents.request
     if teacher.payload == TOPK_LOGPROBS:
+        expected = Expected(TOPK_LOGPROBS, teacher.top_k, request.temperature)
         nbytes = topk_logprobs.nbytes_per_token(teacher.top_k, vocab_size)
-        return _TeacherPayload(Expected(TOPK_LOGPROBS, teacher.top_k, temperature), nbytes, None)
+        return _TeacherPayload(request, cache, expected, nbytes, None)
     from ray_kd.models import head_shape
 
     folder = run_dir / run_folder.TEACHER_HEAD
@@ -289,7 +318,8 @@ def _teacher_payload(config: RunConfig, run_dir: Path, vocab_size: int) -> _Teac
             shape.dtype,
         )
     nbytes = hidden_states.nbytes_per_token(shape.width)
-    return _TeacherPayload(Expected(HIDDEN_STATES, shape.width, temperature), nbytes, str(folder))
+    expected = Expected(HIDDEN_STATES, shape.width, config.loss.temperature)
+    return _TeacherPayload(request, cache, expected, nbytes, str(folder))
 
 
 def _make_head(teacher: str, revision: str | None, dtype: str, out_dir: str, threads: int, on_gpu: bool) -> "HeadShape":
@@ -315,7 +345,9 @@ class _StreamSpec:
     block_rows: int
     engine: EngineSpec
     request: Request
+    top_k: int
     wire: str
+    cache: Cache | None
     pool: Pool
 
 
@@ -337,10 +369,14 @@ def _stream(spec: _StreamSpec) -> "ray.data.Dataset":
     context.custom_execution_callback_classes = [PausedSteps]
     context.execution_options.preserve_order = True
     context.execution_options.label_selector = spec.pool.label_selector or None
-    rows = ordered_rows(spec.order, spec.prepared_dir, start_slot=start_slot, block_rows=spec.block_rows)
-    return rows.map_batches(
+    rows = partial(ordered_rows, spec.order, spec.prepared_dir, start_slot=start_slot, block_rows=spec.block_rows)
+    rest = (spec.request, str(run_dir), spec.wire, spec.cache, spec.top_k)
+    if spec.cache is not None and teacher_cache.covers(spec.cache, spec.order, start_slot):
+        # No actor, and no teacher loaded: the readers add the answers.
+        return rows(make_transform=partial(TeacherStage, None, *rest))
+    return rows().map_batches(
         TeacherStage,
-        fn_constructor_args=(spec.engine, spec.request, str(run_dir), spec.wire),
+        fn_constructor_args=(spec.engine, *rest),
         batch_size=spec.block_rows,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(min_size=spec.pool.min_actors, max_size=spec.pool.max_actors),
@@ -378,14 +414,10 @@ def _fit(
         order=order,
         block_rows=block_rows,
         engine=EngineSpec.of(config.teacher, threads.teacher),
-        request=Request(
-            kind=config.teacher.payload,
-            top_k=config.teacher.top_k,
-            temperature=config.loss.temperature,
-            selection=config.teacher.selection,
-            seed=config.run.seed,
-        ),
+        request=payload.request,
+        top_k=config.teacher.top_k,
         wire=config.teacher.wire,
+        cache=payload.cache,
         pool=pool,
     )
     _warn_of_spilling(config, run_ahead_nbytes)
@@ -396,7 +428,7 @@ def _fit(
         student_path=student_path,
         student=config.student,
         train=options,
-        loss_options=_loss_options(config),
+        loss_options=_loss_options(config, payload.expected.temperature),
         seed=config.run.seed,
         expected=payload.expected,
         teacher_head=payload.head,
@@ -456,10 +488,10 @@ def _fit(
         raise RetryableError(f"stopped after step {steps} of {order.num_steps}; the same command goes on from there")
 
 
-def _loss_options(config: RunConfig) -> dict[str, Any]:
+def _loss_options(config: RunConfig, payload_temperature: float) -> dict[str, Any]:
     loss = config.loss
-    tail = {"tail": loss.tail} if config.teacher.payload == TOPK_LOGPROBS else {}
-    return tail | {
+    of_topk = {"tail": loss.tail, "payload_temperature": payload_temperature}
+    return (of_topk if config.teacher.payload == TOPK_LOGPROBS else {}) | {
         "divergence": loss.divergence,
         "temperature": loss.temperature,
         "kd_weight": loss.kd_weight,

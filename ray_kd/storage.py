@@ -136,6 +136,27 @@ def write_text(target: Path, text: str) -> None:
     temporary.replace(target)
 
 
+def write_bytes(target: Path, content: bytes) -> None:
+    """Write whole or not at all, to a new name."""
+    if is_remote(target):
+        target.write_bytes(content)
+        return
+    temporary = target.with_name(f".{target.name}-{uuid.uuid4().hex[:8]}.tmp")
+    temporary.write_bytes(content)
+    temporary.replace(target)
+
+
+def move(source: Path, folder: Path) -> None:
+    """Move a file into another folder; one that somebody else has moved already is left alone."""
+    with suppress(FileNotFoundError):
+        if is_remote(source):
+            copy_files(source.parent, folder, [source.name])
+            source.unlink()
+        else:
+            folder.mkdir(exist_ok=True)
+            source.replace(folder / source.name)
+
+
 def read_text(source: Path) -> str:
     """All of a small file, in one request: one that is being replaced is read as it was or as it is."""
     if not is_remote(source):

@@ -49,7 +49,7 @@ def build(run_dir: Path, planned: Planned, exit_code: int) -> dict[str, Any]:
     state = checkpoint.read_state(folder)["state"]["ledger"] if folder else None
     totals = Totals(**state["totals"]) if state else Totals()
     rows_consumed = int(state["rows_consumed"]) if state else 0
-    computed, repeated = count_rows(run_dir)
+    teacher_rows = count_rows(run_dir)
     starts = sum(1 for _ in storage.read_lines(run_dir / run_folder.ATTEMPTS))
     return {
         "rows_prepared": planned.rows_prepared,
@@ -59,9 +59,9 @@ def build(run_dir: Path, planned: Planned, exit_code: int) -> dict[str, Any]:
         "rows_duplicated": totals.rows_duplicated,
         "rows_quarantined": totals.rows_refused,
         "records_quarantined": planned.records_quarantined,
-        "teacher_rows_computed": computed,
-        "teacher_rows_repeated": repeated,
-        "teacher_rows_from_cache": 0,
+        "teacher_rows_computed": teacher_rows.computed,
+        "teacher_rows_repeated": teacher_rows.repeated,
+        "teacher_rows_from_cache": teacher_rows.from_cache,
         "steps": totals.steps,
         "steps_skipped": totals.steps_skipped,
         "epochs": rows_consumed / max(1, planned.rows_prepared),

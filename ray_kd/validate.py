@@ -15,6 +15,7 @@ from ray_kd.config import Loss, RunConfig, Teacher
 from ray_kd.errors import ConfigError
 from ray_kd.payloads import HIDDEN_STATES, TOPK_LOGPROBS
 from ray_kd.payloads.topk_logprobs import MAX_DRAWS, WIRES
+from ray_kd.teacher.cache import DISABLED, MODES
 from ray_kd.teacher.engine import SAMPLE, SELECTIONS, TOPK
 from ray_kd.trainer.schedule import SCHEDULES
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _CHOICES = {
-    "teacher.cache.mode": ("disabled",),
+    "teacher.cache.mode": MODES,
     "teacher.payload": (TOPK_LOGPROBS, HIDDEN_STATES),
     "teacher.selection": SELECTIONS,
     "student.dtype": ("float32", "bfloat16", "float16"),
@@ -112,6 +113,7 @@ def _check_combinations(config: RunConfig) -> None:
     unit = train.num_workers * train.micro_batch_size
     _require(train.global_batch_size % unit == 0, "train.global_batch_size", train.global_batch_size,
              f"a multiple of num_workers x micro_batch_size = {unit}")  # fmt: skip
+    storage.path(config.teacher.cache.path or "", "teacher.cache.path")
     if (config.student.model is None) == (config.student.init is None):
         seen = "neither is" if config.student.model is None else "both are"
         raise ConfigError(f"student.model and student.init: {seen} set, allowed is exactly one (the other null)")
@@ -148,7 +150,10 @@ def _warn_without_effect(config: RunConfig) -> None:
     from ray_kd import models
     from ray_kd.losses.objective import make_objective
 
-    idle = {"teacher.cache.path": config.teacher.cache.path is not None and "teacher.cache.mode is disabled"}
+    cache = config.teacher.cache
+    idle = {
+        "teacher.cache.path": cache.path is not None and cache.mode == DISABLED and "teacher.cache.mode is disabled"
+    }
     for name, section in (("teacher", config.teacher), ("student", config.student)):
         is_folder = section.model is not None and models.is_local(section.model)
         idle[f"{name}.revision"] = section.revision is not None and is_folder and f"{name}.model is a folder"

@@ -10,7 +10,7 @@ in the blocks, not indices, because the object store's byte limit is what bounds
 
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pyarrow as pa
@@ -31,9 +31,19 @@ _MIN_WINDOW_SLOTS = 1024
 _MAX_WINDOWS = 2000  # every ReadTask is put into the object store when the execution starts
 
 
-def ordered_rows(order: SlotOrder, prepared_dir: str, *, start_slot: int, block_rows: int) -> Dataset:
-    """The rows of slots [start_slot, num_slots) in order, in blocks of block_rows."""
-    source = _SlotWindows(order, prepared_dir, start_slot, block_rows)
+Transform = Callable[[pa.Table], pa.Table]
+"""What is made of a block of rows: the same rows with more columns."""
+
+
+def ordered_rows(
+    order: SlotOrder, prepared_dir: str, *, start_slot: int, block_rows: int,
+    make_transform: Callable[[], Transform] | None = None,
+) -> Dataset:  # fmt: skip
+    """The rows of slots [start_slot, num_slots) in order, in blocks of block_rows.
+
+    make_transform: called in each read task, for something to be done to its blocks where they are read.
+    """
+    source = _SlotWindows(order, prepared_dir, start_slot, block_rows, make_transform)
     rows = ray.data.read_datasource(
         source, override_num_blocks=len(source.windows), ray_remote_args={"num_cpus": READ_NUM_CPUS}
     )
@@ -70,8 +80,12 @@ class PausedSteps(ExecutionCallback):
 class _SlotWindows(Datasource):
     """A Datasource of slot windows, each a multiple of block_rows and read by one task."""
 
-    def __init__(self, order: SlotOrder, prepared_dir: str, start_slot: int, block_rows: int) -> None:
+    def __init__(
+        self, order: SlotOrder, prepared_dir: str, start_slot: int, block_rows: int,
+        make_transform: Callable[[], Transform] | None,
+    ) -> None:  # fmt: skip
         super().__init__()
+        self._make_transform = make_transform
         self._order, self._prepared_dir, self._block_rows = order, prepared_dir, block_rows
         slots = order.num_slots - start_slot
         window = max(_MIN_WINDOW_SLOTS, -(-slots // _MAX_WINDOWS))
@@ -89,12 +103,15 @@ class _SlotWindows(Datasource):
     def get_read_tasks(self, parallelism: int, *args: object, **kwargs: object) -> list[ReadTask]:
         """One task per window, in order; Ray's wish for parallelism was granted by override_num_blocks."""
         order, folder, block_rows = self._order, self._prepared_dir, self._block_rows
+        make_transform = self._make_transform
 
         def task(start: int, stop: int) -> ReadTask:
             def read() -> Iterator[pa.Table]:
                 prepared = PreparedData(folder)
+                transform = make_transform() if make_transform is not None else None
                 for first in range(start, stop, block_rows):
-                    yield read_slots(order, prepared, first, min(first + block_rows, stop))
+                    rows = read_slots(order, prepared, first, min(first + block_rows, stop))
+                    yield rows if transform is None else transform(rows)
 
             rows = stop - start
             return ReadTask(read, BlockMetadata(rows, self._nbytes(rows), None, None))

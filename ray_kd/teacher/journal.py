@@ -2,6 +2,7 @@
 
 import json
 import uuid
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,20 +40,33 @@ class Journal:
         return GrowingFile(self._folder / f"{self._name}-{self._count:05d}.jsonl")
 
 
-def count_rows(run_dir: Path) -> tuple[int, int]:
-    """(rows through the engine over all actors and restarts, how many of them were done before).
+@dataclass(frozen=True)
+class TeacherRows:
+    """The teacher's work for training, over all actors and restarts."""
 
-    A line cut short by a kill is the actor's last and is not counted. Memory: one byte a slot.
+    computed: int
+    """Rows through the engine."""
+    repeated: int
+    """Of these, rows of slots that had been computed before."""
+    from_cache: int
+
+
+def count_rows(run_dir: Path) -> TeacherRows:
+    """Count what the journal says. A line cut short by a kill is the actor's last and is not counted.
+
+    Memory: one byte a slot.
     """
     done = np.zeros(1024, dtype=np.bool_)
-    total = 0
+    computed = from_cache = 0
     for path in children(run_dir / JOURNAL):
-        for line in read_lines(path):
-            if not line.endswith("\n"):
+        for text in read_lines(path):
+            if not text.endswith("\n"):
                 continue
-            slots = json.loads(line)["slots"]
-            total += len(slots)
+            line = json.loads(text)
+            slots = line["slots"]
+            computed += len(slots)
+            from_cache += line.get("cached", 0)  # not in the lines of a run from before the cache
             if slots and max(slots) >= len(done):
                 done = np.concatenate([done, np.zeros(max(slots) + 1, dtype=np.bool_)])
             done[slots] = True
-    return total, total - int(done.sum())
+    return TeacherRows(computed, computed - int(done.sum()), from_cache)

@@ -7,6 +7,9 @@ Comes in: blocks of rows with `slot` and `weight`. Goes out: the same rows, in o
 A row the teacher cannot answer usably keeps its slot, gets weight 0 and carries the reason: slots never shift and
 a failed answer is never replaced by padding. An engine that raises for the whole block is retried by Ray
 (`max_task_retries`) and then fails the run.
+
+With a cache a row's answer is looked for when its block is here, not earlier: the reader runs far ahead, and another
+actor may be computing it. What had to be computed is in the cache before the block leaves.
 """
 
 import os
@@ -19,6 +22,8 @@ import pyarrow as pa
 
 from ray_kd import plugins, refusal, schema, storage
 from ray_kd.config import Teacher
+from ray_kd.errors import RetryableError
+from ray_kd.teacher.cache import Cache, cut
 from ray_kd.teacher.engine import Engine, Request, RowError
 from ray_kd.teacher.journal import Journal
 
@@ -74,39 +79,75 @@ class TeacherStage:
     run_dir: each actor appends one line per block to a journal there (slots through the engine, seconds), so that the
     teacher's work can be counted over every restart; a killed actor loses no line it finished.
     wire: how the payloads are encoded, one of their module's WIRES; who decodes them need not know.
+    cache: where answers are looked for first, made for the same request. While it is empty the engine is built at
+    once, else for the first row that is not there.
+    spec None: there is no engine, and a row that is not in the cache raises RetryableError.
+    top_k: tokens a position that the student asked for, where the request, and so the cache, may have more.
     """
 
-    def __init__(self, spec: EngineSpec, request: Request, run_dir: str, wire: str = "plain") -> None:
-        folder = storage.path(run_dir)
-        with refusal.reported(folder), storage.store_errors():
-            self._engine = spec.build()
-            self._journal = Journal(folder)
-        self._request = request
-        self._wire = wire
+    def __init__(
+        self, spec: EngineSpec | None, request: Request, run_dir: str, wire: str = "plain",
+        cache: Cache | None = None, top_k: int | None = None,
+    ) -> None:  # fmt: skip
+        self._spec, self._request, self._wire, self._cache = spec, request, wire, cache
+        self._cuts_to = top_k if top_k is not None and top_k < request.top_k else None
+        self._folder = storage.path(run_dir)
+        self._built: Engine | None = None
+        if cache is None or cache.is_empty:
+            self._engine()
+        with refusal.reported(self._folder), storage.store_errors():
+            self._journal = Journal(self._folder)
 
     def __call__(self, block: pa.Table) -> pa.Table:
         start = time.perf_counter()
-        columns = schema.to_numpy(block.select([schema.SLOT, schema.WEIGHT]))
-        slots, weight = columns[schema.SLOT], columns[schema.WEIGHT].copy()
-        asked = np.flatnonzero(weight > 0)
-        answers = self._engine.annotate(_prepared(block, asked), self._request) if len(asked) else []
-        assert len(answers) == len(asked), f"engine answered {len(answers)} of {len(asked)} rows"
-
+        columns = schema.to_numpy(block.select([schema.SLOT, schema.WEIGHT, schema.ROW_ID]))
+        slots, row_ids, weight = columns[schema.SLOT], columns[schema.ROW_ID], columns[schema.WEIGHT].copy()
+        wanted = np.flatnonzero(weight > 0)
         payloads: list[bytes] = [b""] * block.num_rows
         errors = [""] * block.num_rows
+        asked = self._look_up(row_ids, wanted, payloads)
+        answers = self._engine().annotate(_prepared(block, asked), self._request) if len(asked) else []
+        assert len(answers) == len(asked), f"engine answered {len(answers)} of {len(asked)} rows"
         for place, answer in zip(asked, answers, strict=True):
             if isinstance(answer, RowError):
                 weight[place], errors[place] = 0.0, answer.reason
             else:
                 payloads[place] = answer.encode(self._wire)
+        self._keep(row_ids, [place for place in asked if payloads[place]], payloads)
+        if self._cuts_to is not None:
+            payloads = [cut(payload, self._cuts_to, self._wire) if payload else payload for payload in payloads]
 
         busy_s = time.perf_counter() - start
-        self._journal.add({"slots": [int(slots[i]) for i in asked], "busy_s": round(busy_s, 6), "pid": os.getpid()})
+        self._journal.add(
+            {"slots": [int(slots[i]) for i in asked], "cached": len(wanted) - len(asked), "busy_s": round(busy_s, 6),
+             "pid": os.getpid()}
+        )  # fmt: skip
         share = np.full(block.num_rows, busy_s / block.num_rows, dtype=np.float32)
         block = block.set_column(block.schema.get_field_index(schema.WEIGHT), schema.WEIGHT, pa.array(weight))
         block = block.append_column(schema.TEACHER_PAYLOAD, pa.array(payloads, type=pa.binary()))
         block = block.append_column(schema.TEACHER_BUSY_S, pa.array(share))
         return block.append_column(schema.TEACHER_ERROR, pa.array(errors, type=pa.string()))
+
+    def _engine(self) -> Engine:
+        if self._built is None:
+            if self._spec is None:
+                raise RetryableError("a row that was in the teacher cache is not there any more: it will be computed")
+            with refusal.reported(self._folder), storage.store_errors():
+                self._built = self._spec.build()
+        return self._built
+
+    def _look_up(self, row_ids: np.ndarray, places: np.ndarray, payloads: list[bytes]) -> np.ndarray:
+        """Fill in the payloads that the cache has for rows at these places; returns the places it has none for."""
+        if self._cache is None:
+            return places
+        found = self._cache.read(row_ids[places].tolist())
+        for place, payload in zip(places, found, strict=True):
+            payloads[place] = payload or b""
+        return places[[payload is None for payload in found]]
+
+    def _keep(self, row_ids: np.ndarray, places: list[int], payloads: list[bytes]) -> None:
+        if self._cache is not None and self._cache.is_written and places:
+            self._cache.add(row_ids[places].tolist(), [payloads[place] for place in places])
 
 
 def _prepared(block: pa.Table, places: np.ndarray) -> dict[str, np.ndarray]:

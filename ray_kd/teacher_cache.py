@@ -1,0 +1,188 @@
+"""The teacher's cache as a run uses it: which one, whether it has all that is left, filling it without a student."""
+
+import hashlib
+import json
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ray_kd import cluster, launch, run_folder, schema, storage
+from ray_kd.config import RunConfig
+from ray_kd.data.order import DUMMY_ROW, SlotOrder
+from ray_kd.data.prepared import PreparedData
+from ray_kd.data.tokenizer import tokenizer_identity
+from ray_kd.models import model_identity
+from ray_kd.payloads import TOPK_LOGPROBS
+from ray_kd.teacher.cache import DISABLED, Cache, Contents, open_cache
+from ray_kd.teacher.engine import Engine, Request, RowError
+from ray_kd.teacher.stage import EngineSpec
+
+logger = logging.getLogger(__name__)
+
+_FILE_NBYTES = 16 * 2**20
+_MAX_FILE_ROWS = 256
+_RETRIES = 3
+_SLOTS_AT_A_TIME = 2**20
+_REPORT_EVERY_S = 10.0
+
+
+def asked_of_teacher(config: RunConfig) -> Request:
+    """What the student needs to know of every target position."""
+    return Request(
+        kind=config.teacher.payload,
+        top_k=config.teacher.top_k,
+        temperature=config.loss.temperature,
+        selection=config.teacher.selection,
+        seed=config.run.seed,
+    )
+
+
+def folder(config: RunConfig) -> Path:
+    """teacher.cache.path, or its default beside the run folder."""
+    path = config.teacher.cache.path
+    return run_folder.run_dir(config).parent / "teacher_cache" if path is None else storage.path(path)
+
+
+def open_for(config: RunConfig, prepared: PreparedData) -> Cache | None:
+    """The cache of the configured teacher's answers to the prepared data; None when it is disabled.
+
+    Raises ConfigError naming what differs when its answers are of no use to this run.
+    """
+    if config.teacher.cache.mode == DISABLED:
+        return None
+    teacher, manifest = config.teacher, prepared.manifest
+    tokenizer = json.dumps(tokenizer_identity(teacher.model, teacher.revision))
+    asked = Contents.of(
+        asked_of_teacher(config),
+        data=manifest.fingerprint,
+        num_rows=manifest.num_rows,
+        tokenizer=hashlib.sha256(tokenizer.encode()).hexdigest()[:16],
+        model=teacher.model,
+        revision=teacher.revision,
+        teacher=model_identity(teacher.model, teacher.revision),
+        dtype=teacher.dtype,
+    )
+    can_rescale = teacher.payload == TOPK_LOGPROBS and config.loss.tail == "renormalize"
+    cache = open_cache(folder(config), asked, teacher.cache.mode, any_temperature=can_rescale)
+    rows = int(cache.has(np.arange(manifest.num_rows)).sum())
+    logger.info("teacher cache '%s': answers to %d of %d rows", cache.folder, rows, manifest.num_rows)
+    return cache
+
+
+def covers(cache: Cache, order: SlotOrder, start_slot: int) -> bool:
+    """Whether the cache has the answer to every row from this slot on."""
+    # After one epoch the rows are those of the epoch before.
+    stop = min(order.num_slots, start_slot + order.num_rows)
+    for start in range(start_slot, stop, _SLOTS_AT_A_TIME):
+        row_ids = order.rows(start, min(start + _SLOTS_AT_A_TIME, stop))
+        if not cache.has(row_ids[row_ids != DUMMY_ROW]).all():
+            return False
+    return True
+
+
+@dataclass
+class Filled:
+    """What filling a cache came to."""
+
+    folder: Path
+    rows: int
+    """Training rows of the prepared data."""
+    computed: int = 0
+    """Rows whose answers were computed now."""
+    refused: int = 0
+    """Rows that the teacher has no usable answer to; they are not cached."""
+    seconds: float = 0.0
+    """From the start of the teachers on, which load their model first."""
+
+    @property
+    def rows_per_second(self) -> float:
+        """Through the teachers."""
+        return (self.computed + self.refused) / self.seconds if self.seconds else 0.0
+
+
+def fill(config: RunConfig, prepared: PreparedData, cache: Cache, nbytes_per_token: int) -> Filled:
+    """Compute the answers that the cache does not have yet. Ray must be initialised.
+
+    Whoever kills it loses the files that were not put yet, and the same call then ends with the same bytes: a file has
+    always the same rows.
+    """
+    import ray
+
+    teacher, num_rows = config.teacher, prepared.num_rows
+    row_nbytes = max(1, prepared.manifest.max_targets_per_row * nbytes_per_token)
+    file_rows = min(_MAX_FILE_ROWS, _FILE_NBYTES // row_nbytes) // teacher.batch_size * teacher.batch_size
+    starts = np.arange(0, num_rows, max(teacher.batch_size, file_rows))
+    files = list(zip(starts.tolist(), [*starts[1:].tolist(), num_rows], strict=True))
+    missing = [(start, stop) for start, stop in files if not cache.has(np.arange(start, stop)).all()]
+    filled = Filled(cache.folder, num_rows)
+    if not missing:
+        return filled
+    spec = EngineSpec.of(teacher, cluster.Threads.of(config).teacher)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_options.label_selector = teacher.pool.label_selector or None
+    done = ray.data.from_items(
+        [{"start": start, "stop": stop} for start, stop in missing], override_num_blocks=min(len(missing), 1000)
+    ).map_batches(
+        _Filler,
+        fn_constructor_args=(_Fill(spec, teacher.wire, cache, prepared),),
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(min_size=teacher.pool.min_actors, max_size=teacher.pool.max_actors),
+        num_cpus=teacher.pool.num_cpus,
+        num_gpus=teacher.pool.num_gpus,
+        max_restarts=_RETRIES,
+        max_task_retries=_RETRIES,
+    )
+    left = sum(int((~cache.has(np.arange(start, stop))).sum()) for start, stop in missing)
+    start_s = reported_s = time.monotonic()
+    try:
+        for batch in done.iter_batches(batch_size=None, prefetch_batches=0):
+            filled.computed += int(batch["computed"].sum())
+            filled.refused += int(batch["refused"].sum())
+            filled.seconds = time.monotonic() - start_s
+            for reason in batch["reason"]:
+                if reason:
+                    logger.warning("the teacher refused rows, which are not cached: %s", reason)
+            if time.monotonic() > reported_s + _REPORT_EVERY_S:
+                reported_s = time.monotonic()
+                logger.info("cached %d of %d rows (%.3g rows/s)", filled.computed, left, filled.rows_per_second)
+    except ray.exceptions.RayError as error:
+        raise launch.of_task(error, "filling the teacher cache") from error
+    return filled
+
+
+@dataclass(frozen=True)
+class _Fill:
+    spec: EngineSpec
+    wire: str
+    cache: Cache
+    prepared: PreparedData
+
+
+class _Filler:
+    """The actor that answers the rows of one file after another."""
+
+    def __init__(self, fill: _Fill) -> None:
+        self._fill = fill
+        self._engine: Engine = fill.spec.build()
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        (start,), (stop,) = batch["start"], batch["stop"]
+        cache = self._fill.cache
+        row_ids = np.arange(start, stop)
+        row_ids = row_ids[~cache.has(row_ids)]
+        rows = schema.to_numpy(self._fill.prepared.read_rows(row_ids).select(list(schema.PREPARED_COLUMNS)))
+        answers = self._engine.annotate(rows, cache.contents.request)
+        refused = [answer.reason for answer in answers if isinstance(answer, RowError)]
+        answered = {
+            row_id: answer.encode(self._fill.wire)
+            for row_id, answer in zip(row_ids.tolist(), answers, strict=True)
+            if not isinstance(answer, RowError)
+        }
+        if answered:
+            cache.add(list(answered), list(answered.values()), name=f"{row_ids[0]:012d}-{row_ids[-1]:012d}")
+        return {"computed": [len(answered)], "refused": [len(refused)], "reason": [refused[0] if refused else ""]}

@@ -1,0 +1,240 @@
+"""The teacher's cache: what is put is what is read, damage is seen, and answers of another kind are refused by name."""
+
+import hashlib
+import pickle
+import random
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from ray_kd import schema
+from ray_kd.errors import ConfigError, RetryableError
+from ray_kd.payloads import HIDDEN_STATES, TopKLogprobs, topk_logprobs
+from ray_kd.teacher import cache as caches
+from ray_kd.teacher.cache import Cache, Contents, cut, open_cache
+from ray_kd.teacher.engine import Request
+from ray_kd.teacher.journal import count_rows
+from ray_kd.teacher.stage import EngineSpec, TeacherStage
+from tests.fake_prepared import random_rows
+
+NUM_ROWS, TOP_K, VOCAB_SIZE = 40, 8, 259
+ASKED = Contents.of(
+    Request(top_k=TOP_K), data="d" * 64, num_rows=NUM_ROWS, tokenizer="tok", model="big", revision=None,
+    teacher="a" * 64, dtype="auto",
+)  # fmt: skip
+
+
+def payloads(num_tokens=50):
+    rng = np.random.default_rng(0)
+    return [topk_logprobs.example(num_tokens, rng, top_k=TOP_K).encode() for _ in range(NUM_ROWS)]
+
+
+@pytest.fixture
+def filled(tmp_path):
+    """A cache of all rows in files of 8, and the payloads."""
+    cache, expected = open_cache(tmp_path, ASKED, "write_through", False), payloads()
+    for start in range(0, NUM_ROWS, 8):
+        cache.add(list(range(start, start + 8)), expected[start : start + 8])
+    return cache, expected
+
+
+def files(cache):
+    return sorted(cache.folder.glob("rows-*"))
+
+
+def test_another_process_reads_what_was_put(filled):
+    cache, expected = filled
+    other = pickle.loads(pickle.dumps(cache))
+    rows = [17, 3, 39, 3]
+    assert other.read(rows) == [expected[row] for row in rows]
+    assert open_cache(cache.folder.parent, ASKED, "read", False).read([0]) == [expected[0]]
+
+
+def test_a_row_that_another_put_meanwhile_is_found(tmp_path, monkeypatch):
+    monkeypatch.setattr(caches, "_REFRESH_SHARE", 1e9)  # look each time
+    here, there = (open_cache(tmp_path, ASKED, "write_through", False) for _ in range(2))
+    expected = payloads()
+    assert there.read([1, 2]) == [None, None]
+    assert there.is_empty
+    here.add([1], [expected[1]])
+    assert there.read([1, 2]) == [expected[1], None]
+    assert not there.is_empty
+
+
+def test_looking_for_the_files_of_others_takes_little_of_the_time(tmp_path, monkeypatch):
+    cache = open_cache(tmp_path, ASKED, "write_through", False)
+    looks = []
+    monkeypatch.setattr(cache, "refresh", lambda: looks.append(1))
+    monkeypatch.setattr(cache, "_next_refresh", float("inf"))
+    cache.read([0])
+    assert not looks
+
+
+def test_damage_is_never_read_and_the_file_is_set_aside(filled):
+    cache, expected = filled
+    (path, *_), draw = files(cache), random.Random(0)
+    whole = path.read_bytes()
+    rows_there = {row for row in range(NUM_ROWS) if cache._names[cache._file_of[row]] == path.name}
+    num_set_aside = 0
+    for trial in range(300):
+        damaged = bytearray(whole)
+        if trial % 3 == 0:
+            damaged = damaged[: draw.randrange(len(damaged))]
+        else:
+            # In the whole file, or in the footer, where Parquet has no checksum.
+            near_end = 900 if trial % 3 == 2 else len(damaged)
+            damaged[len(damaged) - 1 - draw.randrange(near_end)] ^= 1 << draw.randrange(8)
+        path.write_bytes(damaged)
+        found = Cache(cache.folder, is_written=False).read(list(range(NUM_ROWS)))
+        for row, payload in enumerate(found):
+            assert payload == expected[row] or (payload is None and row in rows_there)
+        aside = list((cache.folder / "damaged").glob("*"))
+        assert bool(aside) == (None in found)
+        num_set_aside += bool(aside)
+        for left in aside:
+            left.unlink()
+    assert num_set_aside > 250
+
+
+def test_merging_keeps_every_row_once_and_readers_go_on(filled):
+    cache, expected = filled
+    reader = Cache(cache.folder, is_written=False)
+    cache.add([0, 1], expected[:2])  # again, as after a kill
+    cache.merge()
+    (merged,) = files(cache)
+    assert pa.parquet.read_table(merged).column(schema.ROW_ID).to_pylist() == list(range(NUM_ROWS))
+    for one in (cache, reader, Cache(cache.folder, is_written=False)):
+        assert one.read(list(range(NUM_ROWS))) == expected
+
+
+def test_the_same_rows_make_the_same_bytes(tmp_path):
+    hashes = []
+    for name in ("one", "two"):
+        cache = open_cache(tmp_path / name, ASKED, "write_through", False)
+        cache.add([2, 0, 1], payloads()[:3], name="000-002")
+        hashes.append([(path.name, hashlib.sha256(path.read_bytes()).hexdigest()) for path in files(cache)])
+    assert hashes[0] == hashes[1]
+
+
+MISMATCHES = {
+    "teacher": (replace(ASKED, teacher="b" * 64, model="other"), "of another teacher: 'big' .*not 'other'"),
+    "k": (replace(ASKED, top_k=16), r"K = 8 tokens, less than teacher\.top_k=16"),
+    "temperature": (replace(ASKED, temperature=2.0), r"temperature is 1 and loss\.temperature 2.*renormalize"),
+    "selection": (replace(ASKED, selection="sample", seed=0), "its selection is topk, not sample"),
+    "dtype": (replace(ASKED, dtype="bfloat16"), "its dtype is auto, not bfloat16"),
+    "payload": (replace(ASKED, payload=HIDDEN_STATES), "its payload is topk_logprobs, not hidden_states"),
+    "version": (replace(ASKED, version=2), "is of version 1, this code reads 2"),
+}
+
+
+@pytest.mark.parametrize("case", MISMATCHES)
+def test_other_answers_are_refused_by_name(filled, case):
+    asked, message = MISMATCHES[case]
+    for mode in ("read", "write_through"):
+        with pytest.raises(ConfigError, match=rf"^teacher\.cache '.*' does not fit: .*{message}.*") as error:
+            open_cache(filled[0].folder.parent, asked, mode, False)
+        assert "\n" not in str(error.value)
+
+
+def test_another_tokenizer_is_refused_by_name(filled, tmp_path):
+    path = filled[0].folder.parent
+    with pytest.raises(ConfigError, match=r"holds answers for another tokenizer \(tok\)"):
+        open_cache(path, replace(ASKED, data="e" * 64, tokenizer="new"), "read", False)
+    with pytest.raises(ConfigError, match=r"holds answers to other prepared data \(d{16}\)"):
+        open_cache(path, replace(ASKED, data="e" * 64), "read", False)
+    with pytest.raises(ConfigError, match="holds no cache: fill one with cache_teacher"):
+        open_cache(tmp_path / "nothing", ASKED, "read", False)
+    with pytest.raises(ConfigError, match="does not fit: its tokenizer is tok, not new"):
+        open_cache(path, replace(ASKED, tokenizer="new"), "write_through", False)
+
+
+def test_a_damaged_manifest_is_an_error_of_one_line(filled):
+    (filled[0].folder / "manifest.json").write_text('{"data": ')
+    with pytest.raises(ConfigError, match=r"manifest\.json' is no manifest of a teacher cache"):
+        open_cache(filled[0].folder.parent, ASKED, "read", False)
+
+
+def test_a_temperature_that_the_loss_can_rescale_and_a_larger_k_fit(filled):
+    asked = replace(ASKED, temperature=2.0, top_k=4)
+    assert open_cache(filled[0].folder.parent, asked, "read", any_temperature=True).contents == ASKED
+
+
+@pytest.mark.parametrize("wire", topk_logprobs.WIRES)
+def test_a_larger_k_is_cut_to_the_most_likely(wire):
+    rng = np.random.default_rng(1)
+    whole = topk_logprobs.example(30, rng, top_k=16)
+    small = TopKLogprobs.decode(cut(whole.encode(wire), 4, wire))
+    sent = TopKLogprobs.decode(whole.encode(wire))
+    assert small.ids.shape == (30, 4)
+    for ids, logprobs, of_ids, of_logprobs in zip(small.ids, small.logprobs, sent.ids, sent.logprobs, strict=True):
+        best = sorted(zip(-of_logprobs, of_ids, strict=True))[:4]
+        np.testing.assert_allclose(sorted(logprobs), sorted(-value for value, _ in best), atol=8e-3)
+        assert {i for i in ids if i >= 0} <= {i for i in of_ids if i >= 0}
+    assert cut(whole.encode(wire), 16, wire) == whole.encode(wire)
+
+
+# -- in the teacher stage -------------------------------------------------------------------------------------------
+
+LENGTH = 32
+SPEC = EngineSpec(
+    {"kind": "fake", "vocab_size": VOCAB_SIZE, "nan_row_ids": [5]}, "teacher", None, "auto", 2, on_gpu=False, threads=1
+)
+
+
+def block(row_ids, dummies=()):
+    columns = random_rows(NUM_ROWS, LENGTH, VOCAB_SIZE)
+    lists = {
+        name: pa.FixedSizeListArray.from_arrays(pa.array(columns[name][row_ids].reshape(-1)), LENGTH)
+        for name in (schema.INPUT_IDS, schema.LABELS, schema.POSITION_IDS)
+    }
+    weight = np.array([0.0 if row in dummies else 1.0 for row in row_ids], np.float32)
+    slots = {schema.SLOT: pa.array(np.arange(len(row_ids))), schema.WEIGHT: pa.array(weight)}
+    return pa.table({schema.ROW_ID: pa.array(row_ids), **lists, **slots})
+
+
+def answers(table):
+    return table.column(schema.TEACHER_PAYLOAD).to_pylist()
+
+
+def stage(run_dir, cache, spec=SPEC, top_k=TOP_K):
+    return TeacherStage(spec, cache.contents.request, str(run_dir), "plain", cache, top_k)
+
+
+def test_what_was_computed_once_is_read_and_a_refused_row_is_asked_again(tmp_path):
+    cache = open_cache(tmp_path / "cache", ASKED, "write_through", False)
+    first = stage(tmp_path / "one", cache)(block([3, 5, 7, 9], dummies=[9]))
+    expected = answers(TeacherStage(SPEC, ASKED.request, str(tmp_path / "plain"))(block([3, 5, 7, 9], dummies=[9])))
+    assert answers(first) == expected
+    assert [bool(payload) for payload in expected] == [True, False, True, False]
+
+    second = stage(tmp_path / "two", Cache(cache.folder, is_written=True))(block([7, 5, 3, 11]))
+    assert answers(second)[:3] == [expected[2], b"", expected[0]]
+    assert second.column(schema.WEIGHT).to_pylist() == [1, 0, 1, 1]
+    rows = count_rows(tmp_path / "two")
+    assert (rows.computed, rows.from_cache, rows.repeated) == (2, 2, 0)
+
+
+def test_a_cache_that_is_only_read_stays_as_it_is(tmp_path):
+    open_cache(tmp_path, ASKED, "write_through", False)
+    cache = open_cache(tmp_path, ASKED, "read", False)
+    assert all(answers(stage(tmp_path / "run", cache)(block([1, 2]))))
+    assert files(cache) == []
+
+
+def test_without_an_engine_a_row_that_is_missing_can_be_tried_again(tmp_path):
+    cache = open_cache(tmp_path / "cache", ASKED, "write_through", False)
+    expected = answers(stage(tmp_path / "one", cache)(block([1, 2])))
+    covered = stage(tmp_path / "two", cache, spec=None)
+    assert answers(covered(block([2, 1]))) == expected[::-1]
+    with pytest.raises(RetryableError, match="not there any more"):
+        covered(block([3]))
+
+
+def test_the_student_is_sent_the_k_it_asked_for(tmp_path):
+    cache = open_cache(tmp_path / "cache", ASKED, "write_through", False)
+    for _ in range(2):  # computed, then read
+        (sent,) = answers(stage(tmp_path / "run", cache, top_k=3)(block([4])))
+        assert TopKLogprobs.decode(sent).ids.shape[1] == 3
+    assert TopKLogprobs.decode(cache.read([4])[0]).ids.shape[1] == TOP_K
