@@ -74,7 +74,8 @@ def open_for(config: RunConfig, prepared: PreparedData) -> Cache | None:
 
 
 def covers(cache: Cache, order: SlotOrder, start_slot: int) -> bool:
-    """Whether the cache has the answer to every row from this slot on."""
+    """Whether the cache has the answer to every row from this slot on. Looks for what others did to it meanwhile."""
+    cache.refresh()
     # After one epoch the rows are those of the epoch before.
     stop = min(order.num_slots, start_slot + order.num_rows)
     for start in range(start_slot, stop, _SLOTS_AT_A_TIME):

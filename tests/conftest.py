@@ -106,9 +106,17 @@ class Jobs:
 
     def start(self, name: str, *overrides: str) -> "subprocess.Popen[str]":
         """Start the distill job of run `name`."""
+        return self.popen("distill", *self.arguments(name, *overrides))
+
+    def arguments(self, name: str, *overrides: str) -> list[str]:
+        """Config, run folder and cluster of run `name`, then overrides."""
         address = [f"cluster.address={self.address}"] if self.address else []
+        return [str(self.config(name)), f"run.dir={self.run_dir(name)}", *address, *overrides]
+
+    def popen(self, job: str, *arguments: str) -> "subprocess.Popen[str]":
+        """Start any job."""
         return subprocess.Popen(
-            self.command("distill", str(self.config(name)), f"run.dir={self.run_dir(name)}", *address, *overrides),
+            self.command(job, *arguments),
             env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=self.folder,
         )  # fmt: skip
 

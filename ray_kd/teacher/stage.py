@@ -119,8 +119,8 @@ class TeacherStage:
 
         busy_s = time.perf_counter() - start
         self._journal.add(
-            {"slots": [int(slots[i]) for i in asked], "cached": len(wanted) - len(asked), "busy_s": round(busy_s, 6),
-             "pid": os.getpid()}
+            {"slots": [int(slots[i]) for i in asked], "cached": len(wanted) - len(asked), "time": time.time(),
+             "busy_s": round(busy_s, 6), "pid": os.getpid()}
         )  # fmt: skip
         share = np.full(block.num_rows, busy_s / block.num_rows, dtype=np.float32)
         block = block.set_column(block.schema.get_field_index(schema.WEIGHT), schema.WEIGHT, pa.array(weight))

@@ -277,6 +277,7 @@ def _metrics(step: int, result: "StepResult", rate: float, wait_s: float, spec: 
     busy_s = result.teacher_busy_s
     return {
         "step": step,
+        "time": time.time(),
         "epoch": start // spec.num_rows,
         "train/loss": result.metrics["loss"],
         "train/kd_loss": result.metrics["kd_loss"],

@@ -1,0 +1,237 @@
+"""A run's teacher and student beside the same two without Ray: as two processes with a queue, and taking turns in one.
+
+All train the same rows in the same order from the same weights. The plain ones have the teacher stage, the collation
+and the loss of the run; torch's AdamW stands for DeepSpeed, a queue for Ray Data.
+"""
+
+import json
+import multiprocessing
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from ray_kd import config as configuration
+from ray_kd import storage
+from ray_kd.config import RunConfig
+from ray_kd.data.order import SlotOrder
+from ray_kd.data.prepared import PreparedData
+from ray_kd.metrics import read_metrics
+from ray_kd.teacher.stage import EngineSpec, TeacherStage
+from ray_kd.trainer.feed import Expected
+from ray_kd.trainer.loop import METRICS
+
+WARM_UP_STEPS = 3
+"""Steps that are not counted: the first fill caches, and the run-ahead of a teacher that started earlier is used up."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is trained: a run's config, and the folders that the run made."""
+
+    run_dir: str
+    prepared_dir: str
+    student_path: str
+    steps: int
+    teacher_threads: int
+    student_threads: int
+
+    def config(self) -> RunConfig:
+        """The run's own."""
+        return configuration.load(Path(self.run_dir) / "config.yaml")
+
+
+@dataclass
+class Timeline:
+    """When teacher and student worked, in seconds since the epoch; one (start, end) a block or step."""
+
+    started: float
+    """When the command was given."""
+    teacher: list[tuple[float, float]] = field(default_factory=list)
+    student: list[tuple[float, float]] = field(default_factory=list)
+    """The step with its wait for the teacher."""
+    waits: list[float] = field(default_factory=list)
+    """Seconds of each step that were such a wait."""
+    tokens: list[int] = field(default_factory=list)
+    """Target tokens of each step."""
+    nbytes: float = 0.0
+    """On the wire, a target token."""
+
+    @property
+    def first_step_s(self) -> float:
+        """From the command to the end of the first step."""
+        return self.student[0][1] - self.started
+
+    @property
+    def seconds(self) -> float:
+        """Of the steps that count."""
+        return self.student[-1][1] - self.student[WARM_UP_STEPS - 1][1]
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Target tokens the student was trained on."""
+        return sum(self.tokens[WARM_UP_STEPS:]) / self.seconds
+
+    @property
+    def wait_fraction(self) -> float:
+        """Of the student's time."""
+        return sum(self.waits[WARM_UP_STEPS:]) / self.seconds
+
+    @property
+    def teacher_busy(self) -> float:
+        """Of the same time."""
+        start, end = self.student[WARM_UP_STEPS - 1][1], self.student[-1][1]
+        return sum(max(0.0, min(e, end) - max(s, start)) for s, e in self.teacher) / self.seconds
+
+    def to_dict(self) -> dict[str, Any]:
+        """The figures, and what they were made of."""
+        names = ("first_step_s", "seconds", "tokens_per_second", "wait_fraction", "teacher_busy")
+        return {name: getattr(self, name) for name in names} | asdict(self)
+
+
+def of_run(run_dir: Path, started: float) -> Timeline:
+    """The timeline of a finished run, from its metrics and its teachers' journal."""
+    timeline = Timeline(started)
+    previous = 0.0
+    for line in read_metrics(run_dir / METRICS):
+        end = line["time"]
+        timeline.student.append((previous or end, end))
+        timeline.waits.append(line["train/data_wait_s"])
+        timeline.tokens.append(line["train/target_tokens"])
+        timeline.nbytes = line["teacher/bytes_per_token"]
+        previous = end
+    for path in storage.children(run_dir / "teacher"):
+        for text in storage.read_lines(path):
+            block = json.loads(text)
+            timeline.teacher.append((block["time"] - block["busy_s"], block["time"]))
+    return timeline
+
+
+def two_processes(work: Work) -> Timeline:
+    """Teacher and student side by side, a queue between them, no Ray."""
+    context = multiprocessing.get_context("spawn")
+    blocks: Any = context.Queue(maxsize=work.config().teacher.run_ahead_rows // work.config().train.global_batch_size)
+    results: Any = context.Queue()
+    timeline = Timeline(time.time())
+    teacher = context.Process(target=_teach, args=(work, blocks, results))
+    student = context.Process(target=_learn, args=(work, blocks, results))
+    teacher.start()
+    student.start()
+    parts: dict[str, Any] = {}
+    while len(parts) < 2:
+        parts |= results.get(timeout=1800)
+    teacher.join()
+    student.join()
+    timeline.teacher = parts["teacher"]
+    timeline.student, timeline.waits, timeline.tokens, timeline.nbytes = parts["student"]
+    return timeline
+
+
+def in_turns(work: Work) -> Timeline:
+    """Teacher and student in one process, which does the one and then the other."""
+    context = multiprocessing.get_context("spawn")
+    results: Any = context.Queue()
+    started = time.time()
+    process = context.Process(target=_take_turns, args=(work, started, results))
+    process.start()
+    timeline: Timeline = results.get(timeout=1800)
+    process.join()
+    return timeline
+
+
+def _teach(work: Work, blocks: Any, results: Any) -> None:
+    spans = []
+    for span, block in _answers(work):
+        spans.append(span)
+        blocks.put(_to_bytes(block))
+    results.put({"teacher": spans})
+
+
+def _learn(work: Work, blocks: Any, results: Any) -> None:
+    train = _student(work)
+    steps, waits, tokens, nbytes = [], [], [], 0.0
+    for _ in range(work.steps):
+        start = time.time()
+        block = pa.ipc.open_stream(blocks.get(timeout=1800)).read_all()
+        waits.append(time.time() - start)
+        count, nbytes = train(block)
+        tokens.append(count)
+        steps.append((start, time.time()))
+    results.put({"student": (steps, waits, tokens, nbytes)})
+
+
+def _take_turns(work: Work, started: float, results: Any) -> None:
+    timeline = Timeline(started)
+    train = _student(work)
+    for span, block in _answers(work, threads=work.student_threads):
+        timeline.teacher.append(span)
+        count, timeline.nbytes = train(block)
+        timeline.waits.append(span[1] - span[0])
+        timeline.tokens.append(count)
+        timeline.student.append((span[0], time.time()))
+    results.put(timeline)
+
+
+def _answers(work: Work, threads: int | None = None) -> Iterator[tuple[tuple[float, float], pa.Table]]:
+    """The blocks of one global batch each, answered, and when the teacher worked on each."""
+    from ray_kd.data.stream import read_slots
+
+    config = work.config()
+    prepared = PreparedData(work.prepared_dir)
+    order = SlotOrder(
+        prepared.num_rows, config.train.global_batch_size, config.train.epochs, work.steps, config.run.seed
+    )
+    request = Request(
+        config.teacher.payload, config.teacher.top_k, config.loss.temperature, config.teacher.selection, config.run.seed
+    )
+    spec = EngineSpec.of(config.teacher, threads or work.teacher_threads)
+    journal = Path(work.run_dir).with_name(Path(work.run_dir).name + "-plain")
+    stage = TeacherStage(spec, request, str(journal), config.teacher.wire)
+    for start in range(0, order.num_slots, train.global_batch_size):
+        rows = read_slots(order, prepared, start, start + train.global_batch_size)
+        began = time.time()
+        block = stage(rows)
+        yield (began, time.time()), block
+
+
+def _student(work: Work) -> Callable[[pa.Table], tuple[int, float]]:
+    """A function that trains one block and returns its target tokens and their bytes on the wire, each."""
+    import torch
+
+    from ray_kd import models
+    from ray_kd.trainer.collate import collate
+    from ray_kd.trainer.step import DistillModule
+
+    torch.set_num_threads(work.student_threads)
+    config = work.config()
+    loss = config.loss
+    student = models.load_causal_lm(work.student_path, dtype=config.student.dtype)
+    student.train()
+    options = {"divergence": loss.divergence, "tail": loss.tail, "temperature": loss.temperature,
+               "kd_weight": loss.kd_weight, "ce_weight": loss.ce_weight, "chunk_size": loss.chunk_size}  # fmt: skip
+    module = DistillModule(student, options)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=config.train.learning_rate)
+    expected = Expected(config.teacher.payload, config.teacher.top_k, loss.temperature)
+    size = config.train.micro_batch_size
+
+    def train(block: pa.Table) -> tuple[int, float]:
+        micro_batches = [collate(block.slice(start, size), expected) for start in range(0, block.num_rows, size)]
+        num_tokens = sum(len(m.labels) for m in micro_batches)
+        for m in micro_batches:
+            module(m.input_ids, m.position_ids, m, num_tokens).backward()
+        torch.nn.utils.clip_grad_norm_(module.parameters(), config.train.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        return num_tokens, sum(m.payload_nbytes for m in micro_batches) / max(1, num_tokens)
+
+    return train
+
+
+def _to_bytes(block: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, block.schema) as writer:
+        writer.write_table(block)
+    return bytes(sink.getvalue())
