@@ -47,9 +47,8 @@ def main() -> int:
     if options.config == CONFIG:
         make_inputs(Path(INPUTS))
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    print(
-        f"{'':<16}{'tokens/s':>10}{'/ plain':>9}{'wait':>8}{'teacher busy':>14}{'first step s':>14}{'bytes/token':>13}"
-    )
+    headings = ("tokens/s", "/ plain", "wait", "teacher busy", "first step s", "bytes/token")
+    print(" " * 16 + "".join(f"{heading:>14}" for heading in headings))
     found: dict[str, list[Timeline]] = {OURS: [], PLAIN: [], TURNS: []}
     for round_ in range(options.rounds):
         run_dir = Path(options.work_dir, f"{stamp}-{round_}").absolute()

@@ -181,12 +181,9 @@ def _answers(work: Work, threads: int | None = None) -> Iterator[tuple[tuple[flo
 
     config = work.config()
     prepared = PreparedData(work.prepared_dir)
-    order = SlotOrder(
-        prepared.num_rows, config.train.global_batch_size, config.train.epochs, work.steps, config.run.seed
-    )
-    request = Request(
-        config.teacher.payload, config.teacher.top_k, config.loss.temperature, config.teacher.selection, config.run.seed
-    )
+    train, seed = config.train, config.run.seed
+    order = SlotOrder(prepared.num_rows, train.global_batch_size, train.epochs, work.steps, seed)
+    request = teacher_cache.asked_of_teacher(config)
     spec = EngineSpec.of(config.teacher, threads or work.teacher_threads)
     journal = Path(work.run_dir).with_name(Path(work.run_dir).name + "-plain")
     stage = TeacherStage(spec, request, str(journal), config.teacher.wire)
