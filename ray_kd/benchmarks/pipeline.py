@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 
 from ray_kd import config as configuration
-from ray_kd import storage
+from ray_kd import storage, teacher_cache
 from ray_kd.config import RunConfig
 from ray_kd.data.order import SlotOrder
 from ray_kd.data.prepared import PreparedData
