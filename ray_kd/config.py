@@ -68,6 +68,8 @@ class Cache:
     """disabled | write_through (keep every answer, compute none twice) | read (use what is there, keep nothing)."""
     path: str | None = None
     """Folder of the teacher's answers, for any number of runs. Default: <run.dir>/../teacher_cache."""
+    file_rows: int = 64
+    """Rows of a file that cache_teacher writes: what a kill loses of an actor's work, at most."""
 
 
 @dataclass

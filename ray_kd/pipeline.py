@@ -101,15 +101,12 @@ def cache_teacher(config: RunConfig) -> teacher_cache.Filled:
     Raises ConfigError, DataError or RetryableError with one line for the user.
     """
     config.teacher.cache.mode = WRITE_THROUGH
-    teacher = validate(config).teacher
+    validate(config)
     with cluster.connected(config, trains=False), launch.interruptible():
         prepared = prepare(config)
         cache = teacher_cache.open_for(config, prepared)
         assert cache is not None
-        nbytes = hidden_states.nbytes_per_token(teacher.hidden_size)
-        if config.teacher.payload == TOPK_LOGPROBS:
-            nbytes = topk_logprobs.nbytes_per_token(cache.contents.request.top_k, teacher.vocab_size)
-        return teacher_cache.fill(config, prepared, cache, nbytes)
+        return teacher_cache.fill(config, prepared, cache)
 
 
 def _write_failure(run_dir: Path, planned: summary.Planned | None, error: BaseException) -> None:

@@ -23,8 +23,6 @@ from ray_kd.teacher.stage import EngineSpec
 
 logger = logging.getLogger(__name__)
 
-_FILE_NBYTES = 16 * 2**20
-_MAX_FILE_ROWS = 256
 _RETRIES = 3
 _SLOTS_AT_A_TIME = 2**20
 _REPORT_EVERY_S = 10.0
@@ -105,7 +103,7 @@ class Filled:
         return (self.computed + self.refused) / self.seconds if self.seconds else 0.0
 
 
-def fill(config: RunConfig, prepared: PreparedData, cache: Cache, nbytes_per_token: int) -> Filled:
+def fill(config: RunConfig, prepared: PreparedData, cache: Cache) -> Filled:
     """Compute the answers that the cache does not have yet. Ray must be initialised.
 
     Whoever kills it loses the files that were not put yet, and the same call then ends with the same bytes: a file has
@@ -114,9 +112,7 @@ def fill(config: RunConfig, prepared: PreparedData, cache: Cache, nbytes_per_tok
     import ray
 
     teacher, num_rows = config.teacher, prepared.num_rows
-    row_nbytes = max(1, prepared.manifest.max_targets_per_row * nbytes_per_token)
-    file_rows = min(_MAX_FILE_ROWS, _FILE_NBYTES // row_nbytes) // teacher.batch_size * teacher.batch_size
-    starts = np.arange(0, num_rows, max(teacher.batch_size, file_rows))
+    starts = np.arange(0, num_rows, teacher.cache.file_rows)
     files = list(zip(starts.tolist(), [*starts[1:].tolist(), num_rows], strict=True))
     missing = [(start, stop) for start, stop in files if not cache.has(np.arange(start, stop)).all()]
     filled = Filled(cache.folder, num_rows)

@@ -40,7 +40,7 @@ _CHOICES = {
 _AT_LEAST = {
     "data.sequence_length": 2, "teacher.top_k": 1, "teacher.batch_size": 1, "teacher.run_ahead_rows": 1,
     "teacher.threads": 1, "teacher.pool.min_actors": 1, "teacher.pool.max_actors": 1, "teacher.pool.num_gpus": 0,
-    "loss.chunk_size": 1, "train.num_workers": 1, "train.micro_batch_size": 1,
+    "teacher.cache.file_rows": 1, "loss.chunk_size": 1, "train.num_workers": 1, "train.micro_batch_size": 1,
     "train.global_batch_size": 1, "train.epochs": 1, "train.max_steps": 1, "train.warmup_steps": 0,
     "train.weight_decay": 0, "train.max_grad_norm": 0, "train.checkpoint_every": 0, "train.keep_checkpoints": 1,
     "train.eval_every": 0, "train.log_every": 1, "train.max_failures": 0, "train.threads_per_worker": 1,
