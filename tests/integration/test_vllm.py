@@ -118,11 +118,19 @@ def test_no_rows_have_no_answers(teacher, rows) -> None:
 
 
 def test_a_broken_row_is_reported_alone(teacher, rows) -> None:
+    """Rows of the same call and of later ones are as they were, though they get the same pages of the KV cache."""
+    request = Request(top_k=4)
+    expected = teacher.vllm.annotate(rows, request)
     broken = dict(rows, input_ids=rows["input_ids"].copy())
     broken["input_ids"][1, 4] = BROKEN_TOKEN
-    answers = teacher.vllm.annotate(broken, Request(top_k=4))
+    answers = teacher.vllm.annotate(broken, request)
     assert [isinstance(answer, RowError) for answer in answers] == [row == 1 for row in range(len(LENGTHS))]
     assert "not finite" in answers[1].reason
+    answers[1] = expected[1]
+    for found in (answers, teacher.vllm.annotate(rows, request)):
+        for a, b in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(a.ids, b.ids)
+            np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -112,9 +112,10 @@ class Engine:
             # No limit: how many are asked for is known with the first request. It reserves nothing.
             "max_logprobs": -1,
             "logprobs_mode": "raw_logprobs",  # before the sampler's own changes
-            # A cached prefix has no log-probabilities. 0.32 does not read the cache for requests that want them, older
-            # versions left these positions out; no prompt comes twice here, so there is nothing to gain from it.
+            # A cached prefix has no log-probabilities; 0.32 does not read the cache for requests that want some, and
+            # there would be nothing to gain from it: a prompt does not come twice.
             "enable_prefix_caching": False,
+            "worker_extension_cls": f"{WorkerExtension.__module__}.{WorkerExtension.__qualname__}",
             "use_tqdm_on_load": False,
         }
         if device == "cpu" and "kv_cache_memory_bytes" not in config.options:
@@ -143,15 +144,24 @@ class Engine:
         for start in range(0, rows_in(rows), self._batch_size):
             batch = {name: np.asarray(column)[start : start + self._batch_size] for name, column in rows.items()}
             asked = documents(batch)
-            # Without the token that the last target predicts: what follows the prompt is said by the generated one.
-            prompts = [{"prompt_token_ids": document.prompt[:-1].tolist()} for document in asked]
-            outputs = self._llm.generate(prompts, params, use_tqdm=False) if prompts else []
-            found = [
-                answer(output.prompt_logprobs, output.outputs[0].logprobs, document, request.top_k)
-                for output, document in zip(outputs, asked, strict=True)
-            ]
+            found = self._ask(asked, params)
+            is_broken = [bool(np.isnan(one.logprobs).any()) for one in found]
+            for place in np.flatnonzero(is_broken):
+                self._llm.collective_rpc("zero_kv_cache")
+                found[place] = self._ask([asked[place]], params)[0]
+            if any(is_broken):
+                self._llm.collective_rpc("zero_kv_cache")
             answers.extend(payloads(batch, asked, found, request.top_k, self._vocab_size))
         return answers
+
+    def _ask(self, asked: list[Document], params: Any) -> list[DocumentAnswer]:
+        """Without the token that the last target predicts: what follows the prompt is said by the generated one."""
+        prompts = [{"prompt_token_ids": document.prompt[:-1].tolist()} for document in asked]
+        outputs = self._llm.generate(prompts, params, use_tqdm=False) if prompts else []
+        return [
+            answer(output.prompt_logprobs, output.outputs[0].logprobs, document, params.logprobs)
+            for output, document in zip(outputs, asked, strict=True)
+        ]
 
     def close(self) -> None:
         """Free the model and vLLM's process group, so that the memory can be used again."""
@@ -160,6 +170,22 @@ class Engine:
             llm.llm_engine.engine_core.shutdown()
             del llm
             gc.collect()  # engine and workers refer to each other
+
+
+class WorkerExtension:
+    """Added to vLLM's worker class, which has `model_runner`.
+
+    A document with a NaN leaves it in its pages of the KV cache, and the attention on CPU (0.32) lets it into every
+    later document that gets one of these pages: it is masked by a weight of 0, and 0 x NaN is NaN. So documents that
+    come out broken are asked for again, each with a clean cache, and only those that broke it are broken again.
+    """
+
+    model_runner: Any
+
+    def zero_kv_cache(self) -> None:
+        """Takes effect between two calls of `generate`, when no document is under way."""
+        for pages in self.model_runner.kv_caches:
+            pages.zero_()
 
 
 class FlatLogprobs(Protocol):
