@@ -177,3 +177,16 @@ def test_neither_batch_size_nor_pieces_nor_a_full_context_change_an_answer(teach
     for a, b in zip(answers, expected, strict=True):
         np.testing.assert_array_equal(a.ids, b.ids)
         np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
+
+
+@pytest.mark.ray
+def test_a_student_learns_from_vllm_what_it_learns_from_transformers(local_jobs) -> None:
+    """The whole of it, in a Ray Data actor: the same rows, and losses that differ by rounding alone."""
+    path = tiny_llama(local_jobs.folder / "teacher_for_vllm", hidden=128, seed=1)
+    losses = []
+    for kind in ("hf", "vllm"):
+        job = local_jobs.distill(f"from-{kind}", f"teacher.model={path}", f"teacher.engine={kind}", "train.max_steps=3")
+        assert job.exit_code == 0, job.stderr
+        assert job.summary["rows_missing"] == job.summary["rows_quarantined"] == 0
+        losses.append([line["train/kd_loss"] for line in job.metrics])
+    np.testing.assert_allclose(*losses, atol=1e-3)
