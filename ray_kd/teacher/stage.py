@@ -77,10 +77,10 @@ class TeacherStage:
     """
 
     def __init__(self, spec: EngineSpec, request: Request, run_dir: str, wire: str = "plain") -> None:
-        folder = storage.path(run_dir)
-        with refusal.reported(folder), storage.store_errors():
+        self._run_dir = storage.path(run_dir)
+        with refusal.reported(self._run_dir), storage.store_errors():
             self._engine = spec.build()
-            self._journal = Journal(folder)
+            self._journal = Journal(self._run_dir)
         self._request = request
         self._wire = wire
 
@@ -89,7 +89,8 @@ class TeacherStage:
         columns = schema.to_numpy(block.select([schema.SLOT, schema.WEIGHT]))
         slots, weight = columns[schema.SLOT], columns[schema.WEIGHT].copy()
         asked = np.flatnonzero(weight > 0)
-        answers = self._engine.annotate(_prepared(block, asked), self._request) if len(asked) else []
+        with refusal.reported(self._run_dir):  # a server says only when asked that it will never answer this
+            answers = self._engine.annotate(_prepared(block, asked), self._request) if len(asked) else []
         assert len(answers) == len(asked), f"engine answered {len(answers)} of {len(asked)} rows"
 
         payloads: list[bytes] = [b""] * block.num_rows
