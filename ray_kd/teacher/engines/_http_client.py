@@ -27,6 +27,8 @@ T = TypeVar("T")
 
 _LONGEST_WAIT_S = 30.0
 _LONGEST_MESSAGE = 300
+_HAS_NAN = "not JSON compliant"
+"""What vLLM says, with status 400 as if the request were wrong, when its own answer holds a NaN."""
 
 
 class GaveUp(Exception):
@@ -112,8 +114,8 @@ class Client:
         if status == 200:
             return reply
         text = f"HTTP {status}: {self.line(_message(reply))}"
-        if status == 429 or status >= 500:
-            raise _Failure(text, seconds(retry_after or ""), has_answered=status == 500)
+        if status == 429 or status >= 500 or _HAS_NAN in text:
+            raise _Failure(text, seconds(retry_after or ""), has_answered=status in (400, 500))
         raise ConfigError(f"the teacher's server {self.url} refused {path} with {text}{self._hint(status, text)}")
 
     def line(self, text: str) -> str:
@@ -129,7 +131,7 @@ class Client:
             )
         if "logprobs" in text:
             return "; start it with a --max-logprobs of at least teacher.top_k, or lower that"
-        if "context length" in text or "maximum model length" in text:
+        if any(words in text for words in ("context length", "maximum model length", "max_tokens")):
             return "; lower data.sequence_length, or raise --max-model-len above it"
         return ""
 
@@ -166,7 +168,7 @@ class _Failure(Exception):
 
 
 def _message(reply: bytes) -> str:
-    """What a server says of an error: {error: {message}}, {message} or {detail}; else its text."""
+    """What a server says of an error: {error: {message}}, {message}, {detail} or {error}; else its text."""
     text = reply.decode(errors="replace")
     try:
         content = json.loads(text)
@@ -175,5 +177,5 @@ def _message(reply: bytes) -> str:
     if isinstance(content, dict):
         error = content.get("error")
         content = error if isinstance(error, dict) else content
-        return str(content.get("message") or content.get("detail") or text)
+        return str(content.get("message") or content.get("detail") or error or text)
     return text

@@ -14,7 +14,7 @@ What is tried again: no connection, no answer in `timeout_s`, 429 and 5xx, a rep
 the question; with exponentially growing waits, or those of Retry-After. After `max_retries` or `deadline_s` the call
 fails as a whole: a server that is gone would quarantine every row. A document alone is given up (a RowError) when
 others of the same call were answered and the server does answer, but never usably, for this one: so a prompt that the
-model computes NaN for, where vLLM replies 500, costs its row and not the run.
+model computes NaN for, where vLLM replies with an error, costs its row and not the run.
 Costs: about 5 kB and 0.1 to 0.2 ms of a core here a prompt token at K = 64 (`_prompt_logprobs.py`).
 """
 

@@ -225,7 +225,7 @@ TRANSIENT = {
     "empty": Fault(cut=0),
     "connection lost in the reply": Fault(cut=50, announces_all=True),
     "connection lost before it": Fault(is_dropped=True),
-    "late": Fault(delay_s=0.6),
+    "late": Fault(delay_s=2.0),
     "damaged gzip": Fault(is_gzip=True, cut=-20),
     "positions": Fault(edit=without_a_position),
     "a logprob that is a word": Fault(edit=with_first_entry(logprob="low")),
@@ -239,7 +239,7 @@ TRANSIENT = {
 @pytest.mark.parametrize("case", TRANSIENT)
 def test_what_may_pass_is_tried_again(build, server, protocol, case):
     server.fault = lambda number, prompts: TRANSIENT[case] if number in (1, 2) else None
-    timeout_s = 0.3 if case == "late" else 5.0
+    timeout_s = 1.5 if case == "late" else 5.0
     assert_right(ask(build(protocol, max_concurrency=1, timeout_s=timeout_s)))
     assert num_asked(server) == NUM_DOCUMENTS + 2
 
@@ -313,17 +313,17 @@ def test_no_server_at_all(build, server):
 
 
 def test_a_server_that_never_answers_fails_the_call_at_the_deadline(build, server):
-    server.fault = lambda number, prompts: Fault(delay_s=1.0)
+    server.fault = lambda number, prompts: Fault(delay_s=3.0)
     start = time.monotonic()
-    with pytest.raises(RetryableError, match=r"in 0\.\d s and \d tries; the last: no answer within 0\.\d+ s"):
-        ask(build(timeout_s=0.2, deadline_s=0.5, max_retries=1000))
-    assert time.monotonic() - start < 0.9
+    with pytest.raises(RetryableError, match=r"in \d\.\d s and [23] tries; the last: no answer within 0\.\d+ s"):
+        ask(build(timeout_s=0.4, deadline_s=1.0, max_retries=1000))
+    assert time.monotonic() - start < 2.5
 
 
 def test_a_wait_beyond_the_deadline_is_not_waited(build, server):
     server.fault = lambda number, prompts: Fault(status=429, headers={"Retry-After": "3600"})
-    with pytest.raises(RetryableError, match=r"in 0\.\d s and 1 try; the last: HTTP 429"):
-        ask(build(max_concurrency=1))
+    with pytest.raises(RetryableError, match=r"in \d\.\d s and 1 try; the last: HTTP 429"):
+        ask(build(), rows={name: column[1:2] for name, column in ROWS.items()})
     assert num_asked(server) == 1
 
 
@@ -333,7 +333,9 @@ def test_a_wait_beyond_the_deadline_is_not_waited(build, server):
     [
         (Fault(edit=without_a_position), r"4 tries; the last: an unusable reply: 6 positions for 7 tokens"),
         (Fault(cut=-1), r"4 tries; the last: an unusable reply: malformed JSON"),
-        (Fault(status=500, message="NaN"), r"4 tries; the last: HTTP 500: NaN"),  # as vLLM for a prompt of NaN
+        (Fault(status=500, message="a bug"), r"4 tries; the last: HTTP 500: a bug"),
+        # vLLM 0.32 for a prompt that the model computes NaN for
+        (Fault(400, message="Out of range float values are not JSON compliant"), "4 tries; the last: HTTP 400: Out of"),
     ],
 )
 def test_a_document_that_is_never_answered_usably_is_an_error_of_its_row(build, server, protocol, fault, reason):
@@ -409,6 +411,10 @@ REFUSED = {
         {}, r"refused /v1/completions with HTTP 400: Requested prompt logprobs of 8,.* start it with a --max-logprobs",
     ),
     "context": ({"max_model_len": 7}, {}, r"HTTP 400: .*context length is 7 tokens\.; lower data\.sequence_length"),
+    "context of the prompt alone": (
+        {"fault": lambda number, prompts: Fault(400, message="max_tokens must be at least 1, got 0.")}, {},
+        r"got 0\.; lower data\.sequence_length, or raise --max-model-len",
+    ),
     "401": ({"api_key": "other"}, {"api_key_env": "TEACHER_KEY"}, r"HTTP 401: .*; check the key in TEACHER_KEY$"),
     "no key": ({"api_key": KEY}, {}, r"HTTP 401: .*; name the key's variable in api_key_env$"),
     "404": ({"fault": lambda number, prompts: Fault(404)}, {}, "HTTP 404: the server's own words$"),
