@@ -7,9 +7,10 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -90,9 +91,19 @@ def key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TEACHER_KEY", KEY)
 
 
-def build(server: Server, batch_size: int = 2, **options) -> http.Engine:
-    given = {"url": server.url, "api_key_env": "TEACHER_KEY", "max_retries": 1, "deadline_s": 120.0, **options}
-    return http.Engine(http.Config(**given), model=server.model, batch_size=batch_size)
+@pytest.fixture
+def build(server: Server) -> Iterator[Callable[..., http.Engine]]:
+    """Makes engines for the server; they are closed at the end."""
+    engines = []
+
+    def make(batch_size: int = 2, **options: Any) -> http.Engine:
+        given = {"url": server.url, "api_key_env": "TEACHER_KEY", "max_retries": 1, "deadline_s": 120.0, **options}
+        engines.append(http.Engine(http.Config(**given), model=server.model, batch_size=batch_size))
+        return engines[-1]
+
+    yield make
+    for engine in engines:
+        engine.close()
 
 
 def rows_of(*documents: list[int]) -> dict[str, np.ndarray]:
@@ -108,11 +119,9 @@ def rows_of(*documents: list[int]) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
-def test_the_answers_are_those_of_the_model(server, batch_size):
+def test_the_answers_are_those_of_the_model(build, server, batch_size):
     rows = rows_of([48], [20, 1, 2, 25], [2, 46], [24, 24], [7, 9, 15, 17])
-    engine = build(server, batch_size)
-    answers = engine.annotate(rows, Request(top_k=TOP_K))
-    engine.close()
+    answers = build(batch_size).annotate(rows, Request(top_k=TOP_K))
     full = hf.Engine(hf.Config(), model=server.model, dtype="float32").annotate(rows, Request(top_k=VOCAB_SIZE))
     worst, num_targets = 0.0, 0
     for answer, every in zip(answers, full, strict=True):
@@ -132,28 +141,28 @@ def test_the_answers_are_those_of_the_model(server, batch_size):
     assert num_targets > 100
 
 
-def test_a_document_may_be_one_token_shorter_than_the_context(server):
-    (answer,) = build(server).annotate(rows_of([MAX_MODEL_LEN - 1]), Request(top_k=4))
+def test_a_document_may_be_one_token_shorter_than_the_context(build):
+    (answer,) = build().annotate(rows_of([MAX_MODEL_LEN - 1]), Request(top_k=4))
     assert isinstance(answer, TopKLogprobs)
     with pytest.raises(ConfigError, match=r"HTTP 400: .*; lower data\.sequence_length, or raise --max-model-len"):
-        build(server).annotate(rows_of([MAX_MODEL_LEN]), Request(top_k=4))
+        build().annotate(rows_of([MAX_MODEL_LEN]), Request(top_k=4))
 
 
-def test_refusals_say_what_to_do(server, monkeypatch):
+def test_refusals_say_what_to_do(build, monkeypatch):
     rows = rows_of([8])
     with pytest.raises(ConfigError, match=r"HTTP 400: .*logprobs of 65.*; start it with a --max-logprobs of at least"):
-        build(server).annotate(rows, Request(top_k=TOP_K + 1))
+        build().annotate(rows, Request(top_k=TOP_K + 1))
     with pytest.raises(ConfigError, match=r"HTTP 404: .*nobody"):
-        build(server, served_model="nobody").annotate(rows, Request(top_k=4))
+        build(served_model="nobody").annotate(rows, Request(top_k=4))
     monkeypatch.setenv("TEACHER_KEY", "sk-wrong")
     with pytest.raises(ConfigError, match=r"HTTP 401: .*; check the key in TEACHER_KEY$"):
-        build(server).annotate(rows, Request(top_k=4))
+        build().annotate(rows, Request(top_k=4))
 
 
-def test_a_document_of_nan_costs_its_row(server):
+def test_a_document_of_nan_costs_its_row(build):
     """The last of this file: on a CPU, vLLM 0.32 lets the NaN into later prompts that get its pages of the cache."""
     rows = rows_of([8], [8], [8])
     rows["input_ids"][2, 3] = BROKEN_TOKEN
-    answers = build(server, batch_size=1, max_concurrency=1).annotate(rows, Request(top_k=4))
+    answers = build(batch_size=1, max_concurrency=1).annotate(rows, Request(top_k=4))
     assert [isinstance(answer, RowError) for answer in answers] == [False, False, True]
     assert "2 tries; the last: HTTP 400: Out of range float values" in answers[2].reason
