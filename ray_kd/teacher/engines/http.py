@@ -15,6 +15,7 @@ the question; with exponentially growing waits, or those of Retry-After. After `
 fails as a whole: a server that is gone would quarantine every row. A document alone is given up (a RowError) when
 others of the same call were answered and the server does answer, but never usably, for this one: so a prompt that the
 model computes NaN for, where vLLM replies with an error, costs its row and not the run.
+(On a CPU, vLLM 0.32 lets such a NaN into later prompts that get its pages of the cache.)
 Costs: about 5 kB and 0.1 to 0.2 ms of a core here a prompt token at K = 64 (`_prompt_logprobs.py`).
 """
 
