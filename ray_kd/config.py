@@ -79,7 +79,7 @@ class Teacher:
     revision: str | None = None
     """Hub revision of the teacher (branch, tag or commit); recorded in the model card."""
     engine: Any = field(default_factory=lambda: {"kind": "hf"})
-    """What computes the teacher's answers: {kind: hf} | {kind: vllm}."""
+    """What computes the teacher's answers: {kind: hf | vllm | http, ...}."""
     payload: str = "topk_logprobs"
     """What it sends: topk_logprobs | hidden_states (2 bytes x width a token; exact over the whole vocabulary)."""
     top_k: int = 64

@@ -50,20 +50,21 @@ def local_folder(path_or_id: str) -> str:
     return str(storage.fetch(path_or_id, marker="config.json")) if is_local(path_or_id) else path_or_id
 
 
-def check_model(path_or_id: str, revision: str | None, what: str) -> PreTrainedConfig:
+def check_model(path_or_id: str, revision: str | None, what: str, needs_weights: bool = True) -> PreTrainedConfig:
     """Refuse a model that could not be used, before a process or a GPU is asked for; returns its config.
 
     what: "teacher" or "student", for the messages. A local folder needs config.json and complete safetensors
     weights; a hub id is resolved through the hub, or the local hub cache when the hub cannot be reached.
+    needs_weights: false for a teacher whose weights are on a server; config.json is enough then.
     Raises ConfigError (one line) for anything else: a missing path, weights in another format, truncated or missing
     shards, a model that is not decoder-only, one that needs its own code (trust_remote_code stays off), and a
     quantised student.
     """
     if is_local(path_or_id):
-        _check_files(Path(path_or_id).expanduser(), what)
+        _check_files(Path(path_or_id).expanduser(), what, needs_weights)
     else:
         names = _hub_model(path_or_id, revision, what).files
-        if not any(name.endswith(".safetensors") for name in names):
+        if needs_weights and not any(name.endswith(".safetensors") for name in names):
             raise ConfigError(f"{what}.model '{path_or_id}' has no safetensors weights on the hub{_found(names)}")
     config = _read_config(path_or_id, revision, what)
     _check_decoder_only(config, path_or_id, what)
@@ -155,7 +156,7 @@ def _readable(folder: Path) -> None:
         path.chmod(mode)
 
 
-def _check_files(folder: Path, what: str) -> None:
+def _check_files(folder: Path, what: str, needs_weights: bool) -> None:
     key = f"{what}.model"
     if not folder.exists():
         raise ConfigError(f"{key}: '{folder}' does not exist")
@@ -166,6 +167,8 @@ def _check_files(folder: Path, what: str) -> None:
     if "config.json" not in names:
         hint = "; it is a PEFT adapter: merge it into its base model first" if "adapter_config.json" in names else ""
         raise ConfigError(f"{key}: '{folder}' has no config.json{hint or _found(names)}")
+    if not needs_weights:
+        return
     weights = [name for name in names if name.endswith(".safetensors")]
     if not weights:
         raise ConfigError(f"{key}: '{folder}' is a model folder without safetensors{_found(names)}")
