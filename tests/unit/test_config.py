@@ -98,7 +98,7 @@ def test_the_stable_core_keeps_its_defaults(minimal):
         "batch_size": 4,
         "dtype": "auto",
         "pool": {"min_actors": 1, "max_actors": 1, "num_cpus": 0.5, "num_gpus": 0, "label_selector": {}},
-        "cache": {"mode": "disabled", "path": None},
+        "cache": {"mode": "disabled", "path": None, "file_rows": 64},
     }
     assert loaded["loss"]["divergence"] == {"kind": "forward_kl"}
     train = {

@@ -588,7 +588,7 @@ def test_a_refusal_that_only_the_server_knows_reaches_the_driver(server, model, 
         stage(block)
     with pytest.raises(ConfigError, match="sends 5 tokens"):
         refusal.Reported(tmp_path).check()
-    stage._engine.close()
+    stage._engine().close()
 
 
 DOCUMENT = Document(0, np.array([7, 8, 9], np.int32), np.array([1]))
