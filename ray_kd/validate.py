@@ -187,6 +187,9 @@ def _check_models(config: RunConfig) -> Models:
     _require(not is_evaluated_by_topk or TOPK_LOGPROBS in engine.Engine.provides, "eval.kl", config.eval.kl,
              f"exact with teacher.engine '{plugins.kind_of(teacher_key.engine)}', which sends no {TOPK_LOGPROBS}",
     )  # fmt: skip
+    if not engine.Engine.is_local_model and teacher_key.dtype != Teacher.dtype:
+        kind = plugins.kind_of(teacher_key.engine)
+        logger.warning("teacher.dtype has no effect: teacher.engine '%s' loads no weights", kind)
     needs_weights = engine.Engine.is_local_model or config.student.init is not None
     teacher = models.check_model(teacher_key.model, teacher_key.revision, "teacher", needs_weights)
     student = None

@@ -66,6 +66,18 @@ def test_a_setting_without_effect_is_one_warning(load, warnings, override, reaso
     assert warnings() == [f"{override.split('=')[0]} has no effect: {reason}"]
 
 
+def test_a_teacher_on_a_server_needs_no_weights_here(load, workplace, tmp_path, warnings):
+    shutil.copytree(workplace / "teacher", tmp_path / "teacher", ignore=shutil.ignore_patterns("*.safetensors"))
+    http = ("teacher.engine={kind: http, url: http://127.0.0.1:8000}", f"teacher.model={tmp_path}/teacher")
+    assert validate(load(*http)).teacher.num_hidden_layers == 4
+    assert warnings() == []
+    validate(load(*http, "teacher.dtype=bfloat16"))
+    assert warnings() == ["teacher.dtype has no effect: teacher.engine 'http' loads no weights"]
+    for needs_them in (http[1:], (*http, "student.model=null", "student.init.layers=1")):
+        with pytest.raises(ConfigError, match="is a model folder without safetensors"):
+            validate(load(*needs_them))
+
+
 def test_the_dashboard_of_a_cluster_that_is_joined_is_its_own(load, warnings):
     validate(load("cluster.dashboard=true"))
     assert warnings() == []

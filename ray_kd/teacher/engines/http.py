@@ -68,6 +68,8 @@ class Config:
         key = "teacher.engine"
         if self.protocol not in PROTOCOLS:
             raise ConfigError(f"{key}.protocol is {self.protocol!r}: allowed is {' | '.join(PROTOCOLS)}")
+        if self.served_model is not None and self.protocol != "openai":
+            raise ConfigError(f"{key}.served_model has no effect with protocol {self.protocol}, which names no model")
         for name, least in (("max_concurrency", 1), ("max_retries", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{key}.{name} is {getattr(self, name)}: allowed is at least {least}")

@@ -514,6 +514,7 @@ def test_a_key_that_is_not_there_is_refused(build, monkeypatch, value, message):
         ({"url": "http://10.0.0.1:8000", "api_key_env": "A_KEY"}, "would carry the key of A_KEY in clear text"),
         ({"url": "http://localhost.example:8000", "api_key_env": "A_KEY"}, "in clear text: use https://, or set"),
         ({"protocol": "grpc"}, r"protocol is 'grpc': allowed is openai \| sglang"),
+        ({"protocol": "sglang", "served_model": "m"}, "served_model has no effect with protocol sglang"),
         ({"max_concurrency": 0}, "max_concurrency is 0: allowed is at least 1"),
         ({"max_retries": -1}, "max_retries is -1"),
         ({"timeout_s": 0}, "timeout_s is 0.0: allowed is above 0"),
