@@ -146,7 +146,7 @@ class Engine:
             asked = documents(batch)
             found = self._ask(asked, params)
             is_broken = [bool(np.isnan(one.logprobs).any()) for one in found]
-            for place in np.flatnonzero(is_broken):
+            for place in np.flatnonzero(is_broken):  # by itself, or by one before it: see WorkerExtension
                 self._llm.collective_rpc("zero_kv_cache")
                 found[place] = self._ask([asked[place]], params)[0]
             if any(is_broken):
