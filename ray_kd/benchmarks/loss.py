@@ -56,7 +56,11 @@ class Batch:
 
 
 def draw(setting: Setting, seed: int = 0, with_teacher: bool = True) -> Batch:
-    """Unit-scale logits; the teacher's ids follow a Zipf law, as real ones do: tokens of a text repeat."""
+    """Unit-scale logits; the teacher's ids follow a Zipf law, as real ones do: tokens of a text repeat.
+
+    Real ones share more: 128 tokens of dialogue name 2,456 of 49,152 ids in SmolLM2's top 64, these 3,979. So the
+    sparse path does better on a text than here.
+    """
     s, generator = setting, torch.Generator().manual_seed(seed)
     dtype = getattr(torch, s.dtype)
 
