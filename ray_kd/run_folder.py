@@ -42,6 +42,13 @@ _IDENTITY_KEYS = (
 )  # fmt: skip
 """Data, models, loss, seed, batch and schedule. Workers, ZeRO stage, pools and the *_every keys are free to change."""
 
+_FREE_OPTIONS = {
+    "http": {
+        "url", "max_concurrency", "timeout_s", "deadline_s", "max_retries", "backoff_s", "api_key_env", "insecure"
+    },
+}  # fmt: skip
+"""Kind of engine -> options that say where and how it is asked: a server may move while a run stands still."""
+
 _IMPLIED = {"teacher.payload": "topk_logprobs", "teacher.selection": "topk", "teacher.wire": "plain"}
 """What runs did before these keys existed."""
 
@@ -74,6 +81,10 @@ def identity(config: RunConfig) -> dict[str, Any]:
     for key in _IDENTITY_KEYS:
         section, name = key.split(".")
         values[key] = plain[section][name]
+    engine = config.teacher.engine
+    if isinstance(engine, dict):
+        free = _FREE_OPTIONS.get(str(engine.get("kind")), set())
+        values["teacher.engine"] = {name: value for name, value in engine.items() if name not in free}
     if config.teacher.payload == HIDDEN_STATES:  # which leaves these without effect
         values["loss.tail"] = None
         if config.eval.kl == "exact":

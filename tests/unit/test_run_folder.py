@@ -152,6 +152,16 @@ def test_the_rest_is_free(folder, load, override):
     run_folder.check_identity(folder, load(override))
 
 
+def test_a_teachers_server_may_move_but_not_become_another_model(tmp_path, load):
+    here = "teacher.engine={kind: http, url: http://127.0.0.1:8000, served_model: big}"
+    run_folder.record(tmp_path, load(here), CONTENT)
+    run_folder.check_identity(
+        tmp_path, load(here, "teacher.engine.url=https://elsewhere", "teacher.engine.timeout_s=9")
+    )
+    with pytest.raises(ConfigError, match=r"its teacher\.engine is .*big.*, now .*other"):
+        run_folder.check_identity(tmp_path, load(here, "teacher.engine.served_model=other"))
+
+
 def test_a_new_folder_belongs_to_no_run_yet(tmp_path, load):
     run_folder.check_identity(tmp_path / "new", load())
     run_folder.check_content(tmp_path / "new", CONTENT)
