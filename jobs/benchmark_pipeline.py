@@ -2,7 +2,8 @@
 
     jobs/benchmark_pipeline.py [CONFIG] [key=value ...] [--steps 30] [--rounds 2] [--out FILE.json] [--plot FILE.png]
 
-CONFIG is by default the quickstart's, whose inputs are made first. In each round, one after the other:
+CONFIG is by default the quickstart's, whose inputs are made first. A run that is not counted makes data and student.
+Then, in each round, one after the other:
 
 ray_kd          the distill job on a Ray of its own, without evaluation
 two processes   the same teacher and student as two plain processes with a queue between them: the bound
@@ -50,9 +51,11 @@ def main() -> int:
     headings = ("tokens/s", "/ plain", "wait", "teacher busy", "first step s", "bytes/token")
     print(" " * 16 + "".join(f"{heading:>14}" for heading in headings))
     found: dict[str, list[Timeline]] = {OURS: [], PLAIN: [], TURNS: []}
+    base = Path(options.work_dir).absolute()
+    distill(options, base / f"{stamp}-first", steps=1)  # not counted: it makes the data and the student
     for round_ in range(options.rounds):
-        run_dir = Path(options.work_dir, f"{stamp}-{round_}").absolute()
-        found[OURS].append(distill(options, run_dir))
+        run_dir = base / f"{stamp}-{round_}"
+        found[OURS].append(distill(options, run_dir, options.steps))
         work = work_of(run_dir, options)
         found[PLAIN].append(two_processes(work))
         found[TURNS].append(in_turns(work))
@@ -70,13 +73,14 @@ def main() -> int:
     return 0
 
 
-def distill(options: argparse.Namespace, run_dir: Path) -> Timeline:
+def distill(options: argparse.Namespace, run_dir: Path, steps: int) -> Timeline:
     """Run the job, and read what it wrote."""
     settings = [
-        f"run.dir={run_dir}", f"train.max_steps={options.steps}", "train.eval_every=0", "train.log_every=1",
+        f"run.dir={run_dir}", f"train.max_steps={steps}", "train.eval_every=0", "train.log_every=1",
         "train.checkpoint_every=0", f"teacher.threads={options.threads}", f"train.threads_per_worker={options.threads}",
         "data.eval_source=null", "data.eval_fraction=0", "eval.prompts=[]", "train.num_workers=1",
-        "teacher.pool.max_actors=1",
+        "teacher.pool.max_actors=1", "teacher.cache.mode=disabled", "teacher.payload=topk_logprobs",
+        "teacher.selection=topk",
     ]  # fmt: skip
     command = [sys.executable, "-m", "ray_kd", "distill", options.config, *options.overrides, *settings]
     started = time.time()

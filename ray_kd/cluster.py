@@ -177,7 +177,7 @@ def _wait_for_resources(demand: Demand, wait_s: float) -> None:
         time.sleep(2.0)
 
 
-def check_shared(folder: Path, timeout_s: float) -> None:
+def check_shared(folder: Path, timeout_s: float, key: str = "run.dir") -> None:
     """Prove that every node sees the folder, by a file that a task on each of them reads.
 
     Raises ConfigError naming the nodes that do not, RetryableError when a node does not answer in time.
@@ -206,7 +206,7 @@ def check_shared(folder: Path, timeout_s: float) -> None:
         probe.unlink()
     blind = [f"{name} ({why})" for name, why in seen.items() if why]
     if blind:
-        raise ConfigError(f"run.dir '{folder}' is not on storage that all nodes share: not read on {', '.join(blind)}")
+        raise ConfigError(f"{key} '{folder}' is not on storage that all nodes share: not read on {', '.join(blind)}")
 
 
 def _problem(path: str, token: str) -> str:

@@ -27,7 +27,7 @@ from ray_kd.heldout import make_evaluate
 from ray_kd.locks import Held, Lost, driver_lock
 from ray_kd.payloads import HIDDEN_STATES, TOPK_LOGPROBS, hidden_states, topk_logprobs
 from ray_kd.progress import Progress
-from ray_kd.teacher.cache import WRITE_THROUGH, Cache
+from ray_kd.teacher.cache import DISABLED, WRITE_THROUGH, Cache
 from ray_kd.teacher.engine import Request
 from ray_kd.teacher.stage import EngineSpec, TeacherStage
 from ray_kd.trainer.feed import Expected
@@ -84,10 +84,10 @@ def distill(config: RunConfig) -> dict[str, Any]:
                 student_path = _student(config, run_dir, prepared)
                 payload = _teacher_payload(config, run_dir, vocab_size, cache)
                 _fit(config, run_dir, held, prepared, order, student_path, payload)
-                if cache is not None and cache.is_written:
-                    cache.merge()
                 held.check()
                 results.finish(config, run_dir)
+                if cache is not None and cache.is_written:
+                    teacher_cache.merge(cache)
         except BaseException as error:
             if not isinstance(error, Lost):
                 _write_failure(run_dir, planned, error)
@@ -191,7 +191,7 @@ def _warn(config: RunConfig, order: SlotOrder) -> None:
         if value > order.num_steps:
             logger.warning("train.%s=%d has no effect: the run has %d steps", key, value, order.num_steps)
     passes = order.num_planned_rows / order.num_rows
-    if passes > 1 and config.teacher.cache.mode != WRITE_THROUGH:
+    if passes > 1 and config.teacher.cache.mode == DISABLED:
         logger.warning(
             "the teacher computes every row again in each epoch, %.1f passes over the data: "
             "teacher.cache.mode=write_through makes it one", passes,

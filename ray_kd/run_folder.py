@@ -46,6 +46,9 @@ _FREE_OPTIONS = {
     "http": {
         "url", "max_concurrency", "timeout_s", "deadline_s", "max_retries", "backoff_s", "api_key_env", "insecure"
     },
+    "vllm": {
+        "tensor_parallel_size", "gpu_memory_utilization", "max_model_len", "max_num_batched_tokens", "enforce_eager"
+    },
 }  # fmt: skip
 """Kind of engine -> options that say where and how it is asked: a server may move while a run stands still."""
 
@@ -81,15 +84,21 @@ def identity(config: RunConfig) -> dict[str, Any]:
     for key in _IDENTITY_KEYS:
         section, name = key.split(".")
         values[key] = plain[section][name]
-    engine = config.teacher.engine
-    if isinstance(engine, dict):
-        free = _FREE_OPTIONS.get(str(engine.get("kind")), set())
-        values["teacher.engine"] = {name: value for name, value in engine.items() if name not in free}
+    if isinstance(config.teacher.engine, dict):
+        values["teacher.engine"] = engine_identity(config)
     if config.teacher.payload == HIDDEN_STATES:  # which leaves these without effect
         values["loss.tail"] = None
         if config.eval.kl == "exact":
             values["teacher.top_k"] = None
     return values
+
+
+def engine_identity(config: RunConfig, with_address: bool = False) -> dict[str, Any]:
+    """Kind and options of the engine that its answers depend on. with_address: the server's address as well."""
+    engine = config.teacher.engine
+    options: dict[str, Any] = {"kind": engine} if isinstance(engine, str) else dict(engine)
+    free = _FREE_OPTIONS.get(str(options.get("kind")), set()) - ({"url"} if with_address else set())
+    return {name: value for name, value in options.items() if name not in free}
 
 
 def check_identity(folder: Path, config: RunConfig) -> None:

@@ -136,25 +136,20 @@ def write_text(target: Path, text: str) -> None:
     temporary.replace(target)
 
 
-def write_bytes(target: Path, content: bytes) -> None:
-    """Write whole or not at all, to a new name."""
-    if is_remote(target):
-        target.write_bytes(content)
-        return
+def create_text(target: Path, text: str) -> None:
+    """Write a file on a disk whole, unless there is one: of several who do so at once, one is heard."""
+    temporary = target.with_name(f".{target.name}-{uuid.uuid4().hex[:8]}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    with suppress(FileExistsError):
+        os.link(temporary, target)
+    temporary.unlink()
+
+
+def write_bytes(target: Path, content: bytes | memoryview) -> None:
+    """Write a file on a disk whole or not at all."""
     temporary = target.with_name(f".{target.name}-{uuid.uuid4().hex[:8]}.tmp")
     temporary.write_bytes(content)
     temporary.replace(target)
-
-
-def move(source: Path, folder: Path) -> None:
-    """Move a file into another folder; one that somebody else has moved already is left alone."""
-    with suppress(FileNotFoundError):
-        if is_remote(source):
-            copy_files(source.parent, folder, [source.name])
-            source.unlink()
-        else:
-            folder.mkdir(exist_ok=True)
-            source.replace(folder / source.name)
 
 
 def read_text(source: Path) -> str:

@@ -15,6 +15,7 @@ from ray_kd.config import RunConfig
 from ray_kd.data.order import DUMMY_ROW, SlotOrder
 from ray_kd.data.prepared import PreparedData
 from ray_kd.data.tokenizer import tokenizer_identity
+from ray_kd.errors import ConfigError
 from ray_kd.models import model_identity
 from ray_kd.payloads import TOPK_LOGPROBS
 from ray_kd.teacher.cache import DISABLED, Cache, Contents, open_cache
@@ -42,7 +43,10 @@ def asked_of_teacher(config: RunConfig) -> Request:
 def folder(config: RunConfig) -> Path:
     """teacher.cache.path, or its default beside the run folder."""
     path = config.teacher.cache.path
-    return run_folder.run_dir(config).parent / "teacher_cache" if path is None else storage.path(path)
+    found = run_folder.run_dir(config).parent / "teacher_cache" if path is None else storage.path(path)
+    if storage.is_remote(found):
+        raise ConfigError(f"teacher.cache.path is '{found}': allowed is a folder on a disk that all nodes share")
+    return found
 
 
 def open_for(config: RunConfig, prepared: PreparedData) -> Cache | None:
@@ -63,9 +67,13 @@ def open_for(config: RunConfig, prepared: PreparedData) -> Cache | None:
         revision=teacher.revision,
         teacher=model_identity(teacher.model, teacher.revision),
         dtype=teacher.dtype,
+        engine=json.dumps(run_folder.engine_identity(config, with_address=True), sort_keys=True),
+        wire=teacher.wire,
     )
     can_rescale = teacher.payload == TOPK_LOGPROBS and config.loss.tail == "renormalize"
     cache = open_cache(folder(config), asked, teacher.cache.mode, any_temperature=can_rescale)
+    if cache.is_written:
+        cluster.check_shared(cache.folder, config.train.timeout_s, "teacher.cache.path")
     rows = int(cache.has(np.arange(manifest.num_rows)).sum())
     logger.info("teacher cache '%s': answers to %d of %d rows", cache.folder, rows, manifest.num_rows)
     return cache
@@ -74,13 +82,21 @@ def open_for(config: RunConfig, prepared: PreparedData) -> Cache | None:
 def covers(cache: Cache, order: SlotOrder, start_slot: int) -> bool:
     """Whether the cache has the answer to every row from this slot on. Looks for what others did to it meanwhile."""
     cache.refresh()
-    # After one epoch the rows are those of the epoch before.
-    stop = min(order.num_slots, start_slot + order.num_rows)
+    # To the end of the next epoch, which has every row; those after it have no other.
+    stop = min(order.num_slots, (start_slot // order.num_rows + 2) * order.num_rows)
     for start in range(start_slot, stop, _SLOTS_AT_A_TIME):
         row_ids = order.rows(start, min(start + _SLOTS_AT_A_TIME, stop))
         if not cache.has(row_ids[row_ids != DUMMY_ROW]).all():
             return False
     return True
+
+
+def merge(cache: Cache) -> None:
+    """Leave few files, for whoever reads next. That it could not be done is a warning: the run is finished."""
+    try:
+        cache.merge()
+    except OSError as error:
+        logger.warning("the files of the teacher cache '%s' stay as many as they are: %s", cache.folder, error)
 
 
 @dataclass
@@ -107,7 +123,7 @@ def fill(config: RunConfig, prepared: PreparedData, cache: Cache) -> Filled:
     """Compute the answers that the cache does not have yet. Ray must be initialised.
 
     Whoever kills it loses the files that were not put yet, and the same call then ends with the same bytes: a file has
-    always the same rows.
+    always the same rows, but for those that were refused or were there before.
     """
     import ray
 
@@ -170,6 +186,7 @@ class _Filler:
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         (start,), (stop,) = batch["start"], batch["stop"]
         cache = self._fill.cache
+        cache.refresh()  # another may be filling it too
         row_ids = np.arange(start, stop)
         row_ids = row_ids[~cache.has(row_ids)]
         rows = schema.to_numpy(self._fill.prepared.read_rows(row_ids).select(list(schema.PREPARED_COLUMNS)))

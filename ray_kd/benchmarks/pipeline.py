@@ -6,6 +6,7 @@ and the loss of the run; torch's AdamW stands for DeepSpeed, a queue for Ray Dat
 
 import json
 import multiprocessing
+import queue
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -113,7 +114,9 @@ def of_run(run_dir: Path, started: float) -> Timeline:
 def two_processes(work: Work) -> Timeline:
     """Teacher and student side by side, a queue between them, no Ray."""
     context = multiprocessing.get_context("spawn")
-    blocks: Any = context.Queue(maxsize=work.config().teacher.run_ahead_rows // work.config().train.global_batch_size)
+    config = work.config()
+    ahead = max(1, config.teacher.run_ahead_rows // config.train.global_batch_size)
+    blocks: Any = context.Queue(maxsize=ahead)
     results: Any = context.Queue()
     timeline = Timeline(time.time())
     teacher = context.Process(target=_teach, args=(work, blocks, results))
@@ -122,7 +125,7 @@ def two_processes(work: Work) -> Timeline:
     student.start()
     parts: dict[str, Any] = {}
     while len(parts) < 2:
-        parts |= results.get(timeout=1800)
+        parts |= _result(results, teacher, student)
     teacher.join()
     student.join()
     timeline.teacher = parts["teacher"]
@@ -137,21 +140,33 @@ def in_turns(work: Work) -> Timeline:
     started = time.time()
     process = context.Process(target=_take_turns, args=(work, started, results))
     process.start()
-    timeline: Timeline = results.get(timeout=1800)
+    timeline: Timeline = _result(results, process)
     process.join()
     return timeline
 
 
+def _result(results: Any, *processes: Any) -> Any:
+    """The next result. Raises RuntimeError when a process ended with none, whose traceback is on the terminal."""
+    while True:
+        try:
+            return results.get(timeout=2)
+        except queue.Empty:
+            if any(process.exitcode for process in processes):
+                for process in processes:
+                    process.terminate()
+                raise RuntimeError("a process of the benchmark failed") from None
+
+
 def _teach(work: Work, blocks: Any, results: Any) -> None:
     spans = []
-    for span, block in _answers(work):
+    for span, block in _answers(work, work.teacher_threads):
         spans.append(span)
         blocks.put(_to_bytes(block))
     results.put({"teacher": spans})
 
 
 def _learn(work: Work, blocks: Any, results: Any) -> None:
-    train = _student(work)
+    train = _student(work, work.student_threads)
     steps, waits, tokens, nbytes = [], [], [], 0.0
     for _ in range(work.steps):
         start = time.time()
@@ -165,8 +180,9 @@ def _learn(work: Work, blocks: Any, results: Any) -> None:
 
 def _take_turns(work: Work, started: float, results: Any) -> None:
     timeline = Timeline(started)
-    train = _student(work)
-    for span, block in _answers(work, threads=work.student_threads):
+    threads = work.teacher_threads + work.student_threads
+    train = _student(work, threads)
+    for span, block in _answers(work, threads):
         timeline.teacher.append(span)
         count, timeline.nbytes = train(block)
         timeline.waits.append(span[1] - span[0])
@@ -175,7 +191,7 @@ def _take_turns(work: Work, started: float, results: Any) -> None:
     results.put(timeline)
 
 
-def _answers(work: Work, threads: int | None = None) -> Iterator[tuple[tuple[float, float], pa.Table]]:
+def _answers(work: Work, threads: int) -> Iterator[tuple[tuple[float, float], pa.Table]]:
     """The blocks of one global batch each, answered, and when the teacher worked on each."""
     from ray_kd.data.stream import read_slots
 
@@ -184,7 +200,7 @@ def _answers(work: Work, threads: int | None = None) -> Iterator[tuple[tuple[flo
     train, seed = config.train, config.run.seed
     order = SlotOrder(prepared.num_rows, train.global_batch_size, train.epochs, work.steps, seed)
     request = teacher_cache.asked_of_teacher(config)
-    spec = EngineSpec.of(config.teacher, threads or work.teacher_threads)
+    spec = EngineSpec.of(config.teacher, threads)
     journal = Path(work.run_dir).with_name(Path(work.run_dir).name + "-plain")
     stage = TeacherStage(spec, request, str(journal), config.teacher.wire)
     for start in range(0, order.num_slots, train.global_batch_size):
@@ -194,7 +210,7 @@ def _answers(work: Work, threads: int | None = None) -> Iterator[tuple[tuple[flo
         yield (began, time.time()), block
 
 
-def _student(work: Work) -> Callable[[pa.Table], tuple[int, float]]:
+def _student(work: Work, threads: int) -> Callable[[pa.Table], tuple[int, float]]:
     """A function that trains one block and returns its target tokens and their bytes on the wire, each."""
     import torch
 
@@ -202,7 +218,7 @@ def _student(work: Work) -> Callable[[pa.Table], tuple[int, float]]:
     from ray_kd.trainer.collate import collate
     from ray_kd.trainer.step import DistillModule
 
-    torch.set_num_threads(work.student_threads)
+    torch.set_num_threads(threads)
     config = work.config()
     loss = config.loss
     student = models.load_causal_lm(work.student_path, dtype=config.student.dtype)

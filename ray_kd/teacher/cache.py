@@ -7,21 +7,24 @@
 
 A payload is kept as the bytes that were sent, so a row read from the cache is the row that was computed. Files may
 overlap, and several runs may write at once: any file that has a row will do. Who was killed leaves whole files, or a
-partial one that nobody looks at.
+partial one that nobody looks at. On a disk that all nodes share, not in an object store.
 
 Costs: 8 bytes of memory a prepared row in each process; a look-up reads one row group, of a row or as many as make
 64 KB. Checked when read: a CRC-32 of each page (by Parquet) and of each payload (`payloads/_frame.py`).
 """
 
+import hashlib
 import io
 import json
 import logging
+import os
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +48,8 @@ VERSION = 1
 MANIFEST_NAME = "manifest.json"
 _PREFIX = "rows-"
 _DAMAGED = "damaged"
+_CONTENTS = "ray_kd.contents"
+_LEFTOVER_S = 3600.0
 _PAYLOAD = "payload"
 _SCHEMA = pa.schema([pa.field(schema.ROW_ID, pa.int64(), nullable=False), pa.field(_PAYLOAD, pa.binary(), False)])
 _GROUP_NBYTES = 2**16
@@ -73,6 +78,10 @@ class Contents:
     teacher: str
     """Identity of the teacher's weights."""
     dtype: str
+    engine: str
+    """What computes the answers, and where: JSON."""
+    wire: str
+    """How they are encoded."""
     payload: str
     """Kind, as the fields below of a `Request`; those that say nothing of the kind are None."""
     top_k: int | None
@@ -84,17 +93,23 @@ class Contents:
     @classmethod
     def of(
         cls, request: Request, *, data: str, num_rows: int, tokenizer: str, model: str, revision: str | None,
-        teacher: str, dtype: str,
+        teacher: str, dtype: str, engine: str, wire: str,
     ) -> "Contents":  # fmt: skip
         """Of the answers to this request."""
         is_topk = request.kind != HIDDEN_STATES
         return cls(
-            data, num_rows, tokenizer, model, revision, teacher, dtype, request.kind,
+            data, num_rows, tokenizer, model, revision, teacher, dtype, engine, wire, request.kind,
             top_k=request.top_k if is_topk else None,
             temperature=request.temperature if is_topk else None,
             selection=request.selection if is_topk else None,
             seed=request.seed if is_topk and request.selection == SAMPLE else None,
         )  # fmt: skip
+
+    @property
+    def digest(self) -> str:
+        """Stands in every file, so that none is read beside another manifest. The teacher's name is not part of it."""
+        named = asdict(self) | {"model": None}
+        return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:32]
 
     @property
     def request(self) -> Request:
@@ -114,7 +129,7 @@ class Contents:
                 f"its answers are of another teacher: {_named(self.model, self.revision, self.teacher)}, "
                 f"not {_named(asked.model, asked.revision, asked.teacher)}"
             )
-        for name in ("tokenizer", "data", "num_rows", "dtype", "payload", "selection", "seed"):
+        for name in ("tokenizer", "data", "num_rows", "dtype", "engine", "wire", "payload", "selection", "seed"):
             held, wanted = getattr(self, name), getattr(asked, name)
             if held != wanted:
                 return f"its {name} is {held}, not {wanted}"
@@ -146,12 +161,22 @@ def open_cache(path: Path, asked: Contents, mode: str, any_temperature: bool) ->
     if not manifest.exists():
         if mode == READ:
             raise ConfigError(f"teacher.cache.path '{path}' {_missing(path, asked)}: fill one with cache_teacher")
-        storage.make_folder(folder)
-        storage.write_text(manifest, json.dumps(asdict(asked), indent=1) + "\n")
+        folder.mkdir(parents=True, exist_ok=True)
+        storage.create_text(manifest, json.dumps(asdict(asked), indent=1) + "\n")  # one of those who start at once
+    if mode == WRITE_THROUGH:
+        _sweep(folder)
     held = _read(manifest)
     if (problem := held.mismatch(asked, any_temperature)) is not None:
         raise ConfigError(f"teacher.cache '{folder}' does not fit: {problem}; set another teacher.cache.path")
     return Cache(folder, is_written=mode == WRITE_THROUGH)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what writers that were killed an hour ago or more left half written."""
+    for leftover in folder.glob(f".{_PREFIX}*.tmp"):
+        with suppress(FileNotFoundError):
+            if time.time() - leftover.stat().st_mtime > _LEFTOVER_S:
+                leftover.unlink()
 
 
 def _missing(path: Path, asked: Contents) -> str:
@@ -169,13 +194,18 @@ def _read(manifest: Path) -> Contents:
     try:
         content = json.loads(storage.read_text(manifest))
         return Contents(**content)
+    except FileNotFoundError as error:
+        raise ConfigError(f"'{manifest}' is not there on {os.uname().nodename}: all nodes need that folder") from error
     except (ValueError, TypeError) as error:
         names = ", ".join(field.name for field in fields(Contents))
         raise ConfigError(f"'{manifest}' is no manifest of a teacher cache ({error}); it needs {names}") from error
 
 
 class Cache:
-    """An open cache. Pickles as its folder."""
+    """An open cache. Pickles as its folder, and a process that unpickles it several times has it once.
+
+    Raises ConfigError when the manifest cannot be read.
+    """
 
     def __init__(self, folder: Path, is_written: bool) -> None:
         self.folder, self.is_written = folder, is_written
@@ -184,12 +214,15 @@ class Cache:
         self._names: list[str] = []
         self._file_of = np.full(self.contents.num_rows, -1, dtype=np.int32)
         self._place_of = np.zeros(self.contents.num_rows, dtype=np.int32)
+        self._unusable: set[str] = set()
         self._open: OrderedDict[str, pq.ParquetFile] = OrderedDict()
         self._next_refresh = 0.0
+        self._is_stale = False
+        self._schema = _SCHEMA.with_metadata({_CONTENTS: self.contents.digest})
         self.refresh()
 
-    def __reduce__(self) -> tuple[type["Cache"], tuple[Path, bool]]:
-        return Cache, (self.folder, self.is_written)
+    def __reduce__(self) -> tuple[Callable[[Path, bool], "Cache"], tuple[Path, bool]]:
+        return _of_this_process, (self.folder, self.is_written)
 
     @property
     def is_empty(self) -> bool:
@@ -203,28 +236,27 @@ class Cache:
     def read(self, row_ids: Sequence[int]) -> list[bytes | None]:
         """The payload of each row, in order; None where there is none that can be read."""
         payloads = [self._read_row(row_id) for row_id in row_ids]
-        if None in payloads and time.monotonic() >= self._next_refresh:
+        if None in payloads and (self._is_stale or time.monotonic() >= self._next_refresh):
             self.refresh()
             payloads = [p or self._read_row(row_id) for p, row_id in zip(payloads, row_ids, strict=True)]
         return payloads
 
     def add(self, row_ids: Sequence[int], payloads: Sequence[bytes], name: str | None = None) -> None:
         """Keep the answers to some rows. name: of the file, for one who writes the same rows again after a kill."""
-        table = pa.table([pa.array(row_ids, pa.int64()), pa.array(payloads, pa.binary())], schema=_SCHEMA)
+        table = pa.table([pa.array(row_ids, pa.int64()), pa.array(payloads, pa.binary())], schema=self._schema)
         self._write(name or uuid.uuid4().hex, table)
 
     def refresh(self) -> None:
         """Look for files that others have written or removed."""
         start = time.monotonic()
-        present = {child.name for child in storage.children(self.folder) if child.name.startswith(_PREFIX)}
-        for name in sorted(self._numbers.keys() - present):
-            self._forget(name)
-        for name in sorted(present - self._numbers.keys()):
-            with self._setting_aside(name):
-                row_ids = self._opened(name).read([schema.ROW_ID]).column(0).to_numpy()
-                if row_ids.size and not 0 <= row_ids.min() <= row_ids.max() < len(self._file_of):
-                    raise DataError(f"it has rows {row_ids.min()} to {row_ids.max()} of {len(self._file_of)}")
-                self._index(name, row_ids)
+        self._is_stale = True
+        while self._is_stale:  # again when files went meanwhile: another's merge, whose new file was not listed yet
+            self._is_stale = False
+            present = {child.name for child in self.folder.iterdir() if child.name.startswith(_PREFIX)}
+            self._forget(self._numbers.keys() - present)
+            for name in sorted(present - self._numbers.keys() - self._unusable):
+                with self._setting_aside(name):
+                    self._index(name, self._row_ids(name))
         now = time.monotonic()
         self._next_refresh = now + (now - start) / _REFRESH_SHARE
 
@@ -234,7 +266,10 @@ class Cache:
         batch: list[str] = []
         size = 0
         for name in sorted(self._numbers):
-            nbytes = (self.folder / name).stat().st_size
+            try:
+                nbytes = (self.folder / name).stat().st_size
+            except FileNotFoundError:  # another merges too
+                continue
             if nbytes >= _MERGED_NBYTES / 2:
                 continue
             batch.append(name)
@@ -255,9 +290,15 @@ class Cache:
         table = pa.concat_tables(tables).sort_by(schema.ROW_ID)
         is_first = np.diff(table.column(schema.ROW_ID).to_numpy(), prepend=-1) != 0
         self._write(uuid.uuid4().hex, table.filter(pa.array(is_first)))
+        self._forget(names)
         for name in names:
-            self._forget(name)
             (self.folder / name).unlink(missing_ok=True)
+
+    def _row_ids(self, name: str) -> NDArray[np.int64]:
+        row_ids: NDArray[np.int64] = self._opened(name).read([schema.ROW_ID]).column(0).to_numpy()
+        if row_ids.size and not 0 <= row_ids.min() <= row_ids.max() < len(self._file_of):
+            raise DataError(f"it has rows {row_ids.min()} to {row_ids.max()} of {len(self._file_of)}")
+        return row_ids
 
     def _read_row(self, row_id: int) -> bytes | None:
         while (number := self._file_of[row_id]) >= 0:
@@ -274,19 +315,28 @@ class Cache:
 
     @contextmanager
     def _setting_aside(self, name: str) -> Iterator[None]:
-        """A file that cannot be read is out of the index afterwards: gone since a merge, or set aside as damaged."""
+        """A file that is not what was written is out of the index afterwards: merged by another, or damaged.
+
+        A damaged one is moved out of the way by those who may write here. What the machine lacks (memory, file
+        descriptors, rights) is no damage and raises.
+        """
         try:
             yield
         except FileNotFoundError:
-            self._forget(name)
-            self._next_refresh = 0.0
-        except (pa.ArrowException, OSError, LookupError, DataError) as error:
-            if storage.is_store_error(error):
+            self._forget([name])
+            self._is_stale = True
+        except (pa.ArrowException, OSError, LookupError, ValueError, DataError) as error:
+            # Parquet's own complaints are OSErrors too, but carry no number.
+            if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None):
                 raise
-            self._forget(name)
+            self._forget([name])
+            self._unusable.add(name)
             reason = " ".join(str(error).split())[:200]
-            logger.warning("teacher cache: '%s' is damaged and set aside: %s", self.folder / name, reason)
-            storage.move(self.folder / name, self.folder / _DAMAGED)
+            logger.warning("teacher cache: '%s' is damaged and left out: %s", self.folder / name, reason)
+            if self.is_written:
+                (self.folder / _DAMAGED).mkdir(exist_ok=True)
+                with suppress(FileNotFoundError):  # another has moved it
+                    (self.folder / name).replace(self.folder / _DAMAGED / name)
 
     def _write(self, name: str, table: pa.Table) -> None:
         """Put a file and know its rows."""
@@ -297,14 +347,16 @@ class Cache:
             row_group_size=rows_per_group,
         )  # fmt: skip
         name = f"{_PREFIX}{name}.parquet"
-        storage.write_bytes(self.folder / name, buffer.getvalue())
+        storage.write_bytes(self.folder / name, buffer.getbuffer())
+        self._unusable.discard(name)  # where one of that name was damaged
         self._index(name, table.column(schema.ROW_ID).to_numpy())
 
     def _opened(self, name: str) -> pq.ParquetFile:
         if name not in self._open:
-            self._open[name] = pq.ParquetFile(
-                storage.fetch(self.folder / name), page_checksum_verification=True, pre_buffer=False
-            )
+            file = pq.ParquetFile(self.folder / name, page_checksum_verification=True, pre_buffer=False)
+            if not file.schema_arrow.equals(self._schema, check_metadata=True):
+                raise DataError("its columns, or whose answers it says it has, are not those of this cache")
+            self._open[name] = file
             if len(self._open) > _FILES_OPEN:
                 self._open.popitem(last=False)[1].close()
         self._open.move_to_end(name)
@@ -316,11 +368,26 @@ class Cache:
         self._place_of[row_ids] = np.arange(len(row_ids))
         self._names.append(name)
 
-    def _forget(self, name: str) -> None:
-        if (opened := self._open.pop(name, None)) is not None:
-            opened.close()
-        if (number := self._numbers.pop(name, None)) is not None:
-            self._file_of[self._file_of == number] = -1
+    def _forget(self, names: Iterable[str]) -> None:
+        numbers = []
+        for name in list(names):
+            if (opened := self._open.pop(name, None)) is not None:
+                opened.close()
+            if (number := self._numbers.pop(name, None)) is not None:
+                numbers.append(number)
+        if numbers:
+            self._file_of[np.isin(self._file_of, numbers)] = -1
+
+
+@lru_cache(maxsize=8)
+def _opened_here(folder: Path, is_written: bool) -> Cache:
+    return Cache(folder, is_written)
+
+
+def _of_this_process(folder: Path, is_written: bool) -> Cache:
+    cache = _opened_here(folder, is_written)
+    cache.refresh()
+    return cache
 
 
 def cut(payload: bytes, top_k: int, wire: str) -> bytes:

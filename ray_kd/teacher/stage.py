@@ -23,6 +23,7 @@ import pyarrow as pa
 from ray_kd import plugins, refusal, schema, storage
 from ray_kd.config import Teacher
 from ray_kd.errors import RetryableError
+from ray_kd.payloads import TOPK_LOGPROBS
 from ray_kd.teacher.cache import Cache, cut
 from ray_kd.teacher.engine import Engine, Request, RowError
 from ray_kd.teacher.journal import Journal
@@ -90,7 +91,8 @@ class TeacherStage:
         cache: Cache | None = None, top_k: int | None = None,
     ) -> None:  # fmt: skip
         self._spec, self._request, self._wire, self._cache = spec, request, wire, cache
-        self._cuts_to = top_k if top_k is not None and top_k < request.top_k else None
+        is_topk = request.kind == TOPK_LOGPROBS
+        self._cuts_to = top_k if is_topk and top_k is not None and top_k < request.top_k else None
         self._folder = storage.path(run_dir)
         self._built: Engine | None = None
         if cache is None or cache.is_empty:
@@ -106,7 +108,9 @@ class TeacherStage:
         payloads: list[bytes] = [b""] * block.num_rows
         errors = [""] * block.num_rows
         asked = self._look_up(row_ids, wanted, payloads)
+        before_s = time.perf_counter()
         engine = self._engine() if len(asked) else None
+        start += time.perf_counter() - before_s  # loading the model, if that was now, is no work on these rows
         with refusal.reported(self._folder):  # a server says only when asked that it will never answer this
             answers = engine.annotate(_prepared(block, asked), self._request) if engine is not None else []
         assert len(answers) == len(asked), f"engine answered {len(answers)} of {len(asked)} rows"

@@ -3,6 +3,7 @@
 import hashlib
 import pickle
 import random
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -10,19 +11,21 @@ import pyarrow as pa
 import pytest
 
 from ray_kd import schema
+from ray_kd.data.order import SlotOrder
 from ray_kd.errors import ConfigError, RetryableError
-from ray_kd.payloads import HIDDEN_STATES, TopKLogprobs, topk_logprobs
+from ray_kd.payloads import HIDDEN_STATES, HiddenStates, TopKLogprobs, topk_logprobs
 from ray_kd.teacher import cache as caches
 from ray_kd.teacher.cache import Cache, Contents, cut, open_cache
 from ray_kd.teacher.engine import Request
 from ray_kd.teacher.journal import count_rows
 from ray_kd.teacher.stage import EngineSpec, TeacherStage
+from ray_kd.teacher_cache import covers
 from tests.fake_prepared import random_rows
 
 NUM_ROWS, TOP_K, VOCAB_SIZE = 40, 8, 259
 ASKED = Contents.of(
     Request(top_k=TOP_K), data="d" * 64, num_rows=NUM_ROWS, tokenizer="tok", model="big", revision=None,
-    teacher="a" * 64, dtype="auto",
+    teacher="a" * 64, dtype="auto", engine='{"kind": "hf"}', wire="plain",
 )  # fmt: skip
 
 
@@ -87,7 +90,7 @@ def test_damage_is_never_read_and_the_file_is_set_aside(filled):
             near_end = 900 if trial % 3 == 2 else len(damaged)
             damaged[len(damaged) - 1 - draw.randrange(near_end)] ^= 1 << draw.randrange(8)
         path.write_bytes(damaged)
-        found = Cache(cache.folder, is_written=False).read(list(range(NUM_ROWS)))
+        found = Cache(cache.folder, is_written=True).read(list(range(NUM_ROWS)))
         for row, payload in enumerate(found):
             assert payload == expected[row] or (payload is None and row in rows_there)
         aside = list((cache.folder / "damaged").glob("*"))
@@ -96,6 +99,87 @@ def test_damage_is_never_read_and_the_file_is_set_aside(filled):
         for left in aside:
             left.unlink()
     assert num_set_aside > 250
+
+
+def test_any_damage_to_the_footer_is_seen(filled):
+    """The names of the columns stand there, and Parquet has no checksum for them."""
+    cache, expected = filled
+    (path, *_) = files(cache)
+    whole = path.read_bytes()
+    length = int.from_bytes(whole[-8:-4], "little") + 8
+    for place in range(len(whole) - length, len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x80]) + whole[place + 1 :])
+        found = Cache(cache.folder, is_written=False).read(list(range(NUM_ROWS)))
+        assert all(payload in (None, expected[row]) for row, payload in enumerate(found))
+    assert path.exists(), "who may only read leaves a damaged file where it is"
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(24, "Too many open files"), MemoryError(), PermissionError(13, "no")], ids=str
+)
+def test_what_the_machine_lacks_is_no_damage(filled, monkeypatch, error):
+    cache, _ = filled
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(caches.pq, "ParquetFile", fail)
+    with pytest.raises(type(error)):
+        Cache(cache.folder, is_written=True)
+    assert len(files(cache)) == 5
+
+
+def test_files_of_another_cache_are_never_read(filled, tmp_path):
+    cache, _ = filled
+    other = open_cache(tmp_path / "other", replace(ASKED, teacher="b" * 64), "write_through", False)
+    for path in files(cache):
+        (other.folder / path.name).write_bytes(path.read_bytes())
+    assert not Cache(other.folder, is_written=False).has(np.arange(NUM_ROWS)).any()
+
+
+def test_of_two_that_begin_a_cache_at_once_one_is_refused(tmp_path):
+    for trial in range(20):
+        asked = [replace(ASKED, teacher=letter * 64) for letter in "ab"]
+        barrier, outcomes = threading.Barrier(2), []
+
+        def begin(contents, path=tmp_path / str(trial), barrier=barrier, outcomes=outcomes):
+            barrier.wait()
+            try:
+                open_cache(path, contents, "write_through", False)
+                outcomes.append("opened")
+            except ConfigError as error:
+                outcomes.append("another teacher" in str(error) and "refused")
+
+        threads = [threading.Thread(target=begin, args=(contents,)) for contents in asked]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert sorted(outcomes) == ["opened", "refused"]
+
+
+def test_who_opens_a_cache_while_it_is_merged_sees_every_row(filled, monkeypatch):
+    cache, _ = filled
+    row_ids = Cache._row_ids
+    merges = [cache.merge]
+
+    def look(self, name):
+        if self is not cache and merges:
+            merges.pop()()
+        return row_ids(self, name)
+
+    monkeypatch.setattr(Cache, "_row_ids", look)
+    assert Cache(cache.folder, is_written=False).has(np.arange(NUM_ROWS)).all()
+    assert not merges
+
+
+def test_two_merges_at_once_lose_nothing(filled, monkeypatch):
+    cache, expected = filled
+    other = Cache(cache.folder, is_written=True)
+    monkeypatch.setattr(other, "refresh", lambda: None)
+    cache.merge()
+    other.merge()
+    assert Cache(cache.folder, is_written=False).read(list(range(NUM_ROWS))) == expected
 
 
 def test_merging_keeps_every_row_once_and_readers_go_on(filled):
@@ -123,6 +207,8 @@ MISMATCHES = {
     "k": (replace(ASKED, top_k=16), r"K = 8 tokens, less than teacher\.top_k=16"),
     "temperature": (replace(ASKED, temperature=2.0), r"temperature is 1 and loss\.temperature 2.*renormalize"),
     "selection": (replace(ASKED, selection="sample", seed=0), "its selection is topk, not sample"),
+    "engine": (replace(ASKED, engine='{"kind": "http"}'), "its engine is .*hf.*, not .*http"),
+    "wire": (replace(ASKED, wire="compact"), "its wire is plain, not compact"),
     "dtype": (replace(ASKED, dtype="bfloat16"), "its dtype is auto, not bfloat16"),
     "payload": (replace(ASKED, payload=HIDDEN_STATES), "its payload is topk_logprobs, not hidden_states"),
     "version": (replace(ASKED, version=2), "is of version 1, this code reads 2"),
@@ -214,6 +300,33 @@ def test_what_was_computed_once_is_read_and_a_refused_row_is_asked_again(tmp_pat
     assert second.column(schema.WEIGHT).to_pylist() == [1, 0, 1, 1]
     rows = count_rows(tmp_path / "two")
     assert (rows.computed, rows.from_cache, rows.repeated) == (2, 2, 0)
+
+
+def test_hidden_states_have_no_k_to_cut(tmp_path, monkeypatch):
+    bits = np.arange(60, dtype=np.uint16).reshape(6, 10)
+
+    class Stub:
+        def annotate(self, rows, request):
+            assert request.kind == HIDDEN_STATES
+            return [HiddenStates(bits)] * len(rows["row_id"])
+
+    monkeypatch.setattr(EngineSpec, "build", lambda self: Stub())
+    hidden = replace(ASKED, payload=HIDDEN_STATES, top_k=None, temperature=None, selection=None)
+    cache = open_cache(tmp_path / "cache", hidden, "write_through", False)
+    for _ in range(2):
+        (sent,) = answers(stage(tmp_path / "run", cache, top_k=4)(block([4])))
+        np.testing.assert_array_equal(HiddenStates.decode(sent).bits, bits)
+
+
+@pytest.mark.parametrize("num_rows", [5, 51])
+def test_covered_means_every_row_from_the_slot_on(tmp_path, num_rows):
+    order = SlotOrder(num_rows=num_rows, global_batch_size=4, epochs=3, max_steps=None, seed=0)
+    for missing in range(num_rows):
+        cache = open_cache(tmp_path / str(missing), replace(ASKED, num_rows=num_rows), "write_through", False)
+        rows = [row for row in range(num_rows) if row != missing]
+        cache.add(rows, [b"-"] * len(rows))
+        for start in range(0, order.num_slots, 4):
+            assert covers(cache, order, start) == (missing not in order.rows(start, order.num_slots))
 
 
 def test_a_cache_that_is_only_read_stays_as_it_is(tmp_path):
