@@ -2,12 +2,13 @@
 
 import argparse
 import itertools
+import json
 
 import pytest
 import torch
 
 from ray_kd.benchmarks import loss as bench
-from ray_kd.benchmarks import options, timing
+from ray_kd.benchmarks import options, pipeline, timing
 from ray_kd.benchmarks.plot import Bar, grouped_bars
 
 SMALL = bench.Setting(num_tokens=24, width=16, vocab_size=400, top_k=8, ce_weight=0.5)
@@ -98,3 +99,24 @@ def test_ours_and_ligers_dense_jsd_are_one_but_for_the_square_of_the_temperature
     got.backward()
     for one, other in zip(ours.leaves(), theirs.leaves(), strict=True):
         torch.testing.assert_close(other.grad, one.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_a_runs_timeline_is_read_from_what_it_wrote(tmp_path):
+    """Ten steps of 2 s from 100 on; the teacher is busy for a second of every step but the first three."""
+    lines = [
+        {"step": step, "time": 100.0 + 2 * step, "train/data_wait_s": 0.1, "train/target_tokens": 50,
+         "teacher/bytes_per_token": 256.0}
+        for step in range(1, 11)
+    ]  # fmt: skip
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "teacher").mkdir()
+    blocks = [{"slots": [step], "time": 101.0 + 2 * step, "busy_s": 1.0} for step in range(3, 10)]
+    (tmp_path / "teacher" / "one.jsonl").write_text("".join(json.dumps(block) + "\n" for block in blocks))
+    timeline = pipeline.of_run(tmp_path, started=90.0)
+    assert pipeline.WARM_UP_STEPS == 3
+    assert timeline.first_step_s == 12.0
+    assert timeline.seconds == 14.0
+    assert timeline.tokens_per_second == 25.0
+    assert timeline.wait_fraction == pytest.approx(0.05)
+    assert timeline.teacher_busy == pytest.approx(0.5)
+    assert timeline.to_dict()["nbytes"] == 256.0
