@@ -16,9 +16,9 @@ def test_a_run_is_that_of_the_same_teacher_without_a_server(jobs: Jobs):
     """The server stumbles twice; it answers from the fake engine's distribution."""
     with serving(FaultServer()) as server:
         server.fault = lambda number, prompts: Fault(status=503) if number in (1, 4) else None
-        over_http = jobs.distill("http", http(server), "train.max_steps=3")
+        over_http = jobs.distill("http-teacher", http(server), "train.max_steps=3")
         num_asked = len(server.asked)
-    here = jobs.distill("here", "teacher.engine=fake", "train.max_steps=3")
+    here = jobs.distill("http-teacher-here", "teacher.engine=fake", "train.max_steps=3")
     assert (over_http.exit_code, here.exit_code) == (0, 0), over_http.stderr + here.stderr
     for key in ("train/loss", "train/grad_norm", "data/row_ids_sha256"):
         assert [line[key] for line in over_http.metrics] == [line[key] for line in here.metrics]
@@ -29,7 +29,7 @@ def test_a_run_is_that_of_the_same_teacher_without_a_server(jobs: Jobs):
 
 def test_what_the_server_refuses_ends_the_run(jobs: Jobs):
     with serving(FaultServer(max_logprobs=5)) as server:
-        job = jobs.distill("refused", http(server))
+        job = jobs.distill("http-refused", http(server))
     assert job.exit_code == 64
     assert "sends 5 tokens a position, teacher.top_k is 16" in job.stderr
     assert job.stderr.count("\n") <= 3
