@@ -55,8 +55,8 @@ $(VLLM_STAMP):
 
 # The transformers engine and the models too: vLLM wants an older transformers than .venv has.
 test-vllm: $(VLLM_STAMP)
-	$(VLLM_BIN)/python -m pytest tests/unit/teacher/test_vllm.py tests/integration/test_vllm.py tests/integration/test_http_server.py \
-		tests/contract/test_engines.py tests/unit/test_models.py
+	$(VLLM_BIN)/python -m pytest tests/unit/teacher/test_vllm.py tests/integration/test_vllm.py \
+		tests/integration/test_http_server.py tests/contract/test_engines.py tests/unit/test_models.py
 
 lint: setup
 	$(BIN)/pre-commit run --all-files

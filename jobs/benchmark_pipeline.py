@@ -93,10 +93,9 @@ def work_of(run_dir: Path, options: argparse.Namespace) -> Work:
     config = configuration.load(run_dir / run_folder.CONFIG)
     newest = checkpoint.newest_verified(run_dir / CHECKPOINTS)
     assert newest is not None
-    content = json.loads((run_dir / "run.json").read_text())["content"]
     return Work(
         run_dir=str(run_dir),
-        prepared_dir=str(run_folder.prepared_dir(config) / content["prepared data"][:16]),
+        prepared_dir=str(run_folder.prepared_of(run_dir, config)),
         student_path=checkpoint.read_state(newest)["state"]["student_path"],
         steps=options.steps,
         teacher_threads=options.threads,

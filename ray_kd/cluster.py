@@ -13,9 +13,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ray_kd import storage
-from ray_kd.config import RunConfig
+from ray_kd.config import Pool, RunConfig
 from ray_kd.errors import ConfigError, RetryableError
 
 logger = logging.getLogger(__name__)
@@ -23,6 +24,7 @@ logger = logging.getLogger(__name__)
 _PROBE_S = 10.0
 _REPARTITION_CPUS = 1.0  # Ray Data's repartition operator
 _READ_CPUS = 0.25  # one read task (data/stream.py)
+_TEACHER_RETRIES = 3
 
 
 @dataclass(frozen=True)
@@ -175,6 +177,19 @@ def _wait_for_resources(demand: Demand, wait_s: float) -> None:
         logger.info("waiting for the cluster: %g of %g CPUs, %g of %g GPUs",
                     num_cpus, demand.num_cpus, num_gpus, demand.num_gpus)  # fmt: skip
         time.sleep(2.0)
+
+
+def actor_pool(pool: Pool) -> dict[str, Any]:
+    """Arguments of `map_batches` for a pool of teachers. Ray would retry a teacher's tasks for ever."""
+    import ray.data
+
+    return {
+        "compute": ray.data.ActorPoolStrategy(min_size=pool.min_actors, max_size=pool.max_actors),
+        "num_cpus": pool.num_cpus,
+        "num_gpus": pool.num_gpus,
+        "max_restarts": _TEACHER_RETRIES,
+        "max_task_retries": _TEACHER_RETRIES,
+    }
 
 
 def check_shared(folder: Path, timeout_s: float, key: str = "run.dir") -> None:

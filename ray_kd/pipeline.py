@@ -31,7 +31,7 @@ from ray_kd.teacher.cache import DISABLED, WRITE_THROUGH, Cache
 from ray_kd.teacher.engine import Request
 from ray_kd.teacher.stage import EngineSpec, TeacherStage
 from ray_kd.trainer.feed import Expected
-from ray_kd.trainer.loop import CHECKPOINTS, METRICS, QUARANTINE, STOP_FLAG, TrainSpec, train
+from ray_kd.trainer.loop import CHECKPOINTS, METRICS, QUARANTINE, STOP_FLAG, TrainSpec, loss_options, train
 from ray_kd.validate import check_settings, validate
 
 if TYPE_CHECKING:
@@ -48,7 +48,6 @@ T = TypeVar("T")
 _INFLUENCE_ROWS = 16  # rows on which block influence is measured; the ranking is stable from a few thousand tokens on
 _MAX_BLOCK_NBYTES = 32 * 2**20
 _BLOCKS_A_PROCESS = 4  # being made, in the queue, on the way, being used
-_TASK_RETRIES = 3
 
 
 def distill(config: RunConfig) -> dict[str, Any]:
@@ -376,11 +375,7 @@ def _stream(spec: _StreamSpec) -> "ray.data.Dataset":
         fn_constructor_args=(spec.engine, *rest),
         batch_size=spec.block_rows,
         batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(min_size=spec.pool.min_actors, max_size=spec.pool.max_actors),
-        num_cpus=spec.pool.num_cpus,
-        num_gpus=spec.pool.num_gpus,
-        max_restarts=_TASK_RETRIES,
-        max_task_retries=_TASK_RETRIES,
+        **cluster.actor_pool(spec.pool),
     )
 
 
@@ -425,7 +420,7 @@ def _fit(
         student_path=student_path,
         student=config.student,
         train=options,
-        loss_options=_loss_options(config, payload.expected.temperature),
+        loss_options=loss_options(config, payload.expected.temperature),
         seed=config.run.seed,
         expected=payload.expected,
         teacher_head=payload.head,
@@ -483,18 +478,6 @@ def _fit(
         progress.close()
     if (steps := _trained_steps(run_dir)) < order.num_steps:
         raise RetryableError(f"stopped after step {steps} of {order.num_steps}; the same command goes on from there")
-
-
-def _loss_options(config: RunConfig, payload_temperature: float) -> dict[str, Any]:
-    loss = config.loss
-    of_topk = {"tail": loss.tail, "payload_temperature": payload_temperature}
-    return (of_topk if config.teacher.payload == TOPK_LOGPROBS else {}) | {
-        "divergence": loss.divergence,
-        "temperature": loss.temperature,
-        "kd_weight": loss.kd_weight,
-        "ce_weight": loss.ce_weight,
-        "chunk_size": loss.chunk_size,
-    }
 
 
 def _stream_sizes(config: RunConfig, manifest: "Manifest", nbytes_per_token: int) -> tuple[int, int]:

@@ -82,8 +82,7 @@ def evaluate(config: RunConfig, *, model: str | None = None, max_rows: int | Non
         models.check_model(model, None, "student")
     if config.data.eval_source is None and not config.data.eval_fraction:
         raise ConfigError(f"run '{run_dir}' was made without held-out rows: only a run in a new run.dir can have them")
-    fingerprint = run_folder.content_of(run_dir)["prepared data"]
-    prepared = PreparedData(run_folder.prepared_dir(config) / fingerprint[:16])
+    prepared = PreparedData(run_folder.prepared_of(run_dir, config))
     if prepared.manifest.eval_rows == 0:
         raise DataError(f"run '{run_dir}' has no held-out rows: set data.eval_source or data.eval_fraction")
     threads, on_gpu = cluster.physical_cores(), torch.cuda.is_available()

@@ -159,6 +159,11 @@ def prepared_dir(config: RunConfig) -> Path:
     return storage.path(config.data.prepared_dir or run_dir(config).parent / "prepared")
 
 
+def prepared_of(folder: Path, config: RunConfig) -> Path:
+    """The prepared data that the run in this folder was recorded with."""
+    return prepared_dir(config) / content_of(folder)["prepared data"][:16]
+
+
 def finished_summary(folder: Path) -> dict[str, Any] | None:
     """The summary of a run that is done, or None."""
     summary = _read(folder / SUMMARY)

@@ -1,6 +1,7 @@
 """The teacher's cache as a run uses it: which one, whether it has all that is left, filling it without a student."""
 
 import hashlib
+import itertools
 import json
 import logging
 import time
@@ -24,7 +25,6 @@ from ray_kd.teacher.stage import EngineSpec
 
 logger = logging.getLogger(__name__)
 
-_RETRIES = 3
 _SLOTS_AT_A_TIME = 2**20
 _REPORT_EVERY_S = 10.0
 
@@ -128,9 +128,10 @@ def fill(config: RunConfig, prepared: PreparedData, cache: Cache) -> Filled:
     import ray
 
     teacher, num_rows = config.teacher, prepared.num_rows
-    starts = np.arange(0, num_rows, teacher.cache.file_rows)
-    files = list(zip(starts.tolist(), [*starts[1:].tolist(), num_rows], strict=True))
-    missing = [(start, stop) for start, stop in files if not cache.has(np.arange(start, stop)).all()]
+    is_missing = ~cache.has(np.arange(num_rows))
+    edges = itertools.pairwise([*range(0, num_rows, teacher.cache.file_rows), num_rows])
+    missing = [(start, stop) for start, stop in edges if is_missing[start:stop].any()]
+    left = int(is_missing.sum())
     filled = Filled(cache.folder, num_rows)
     if not missing:
         return filled
@@ -142,15 +143,10 @@ def fill(config: RunConfig, prepared: PreparedData, cache: Cache) -> Filled:
         [{"start": start, "stop": stop} for start, stop in missing], override_num_blocks=min(len(missing), 1000)
     ).map_batches(
         _Filler,
-        fn_constructor_args=(_Fill(spec, teacher.wire, cache, prepared),),
+        fn_constructor_args=(spec, cache, prepared),
         batch_size=1,
-        compute=ray.data.ActorPoolStrategy(min_size=teacher.pool.min_actors, max_size=teacher.pool.max_actors),
-        num_cpus=teacher.pool.num_cpus,
-        num_gpus=teacher.pool.num_gpus,
-        max_restarts=_RETRIES,
-        max_task_retries=_RETRIES,
+        **cluster.actor_pool(teacher.pool),
     )
-    left = sum(int((~cache.has(np.arange(start, stop))).sum()) for start, stop in missing)
     start_s = reported_s = time.monotonic()
     try:
         for batch in done.iter_batches(batch_size=None, prefetch_batches=0):
@@ -168,32 +164,24 @@ def fill(config: RunConfig, prepared: PreparedData, cache: Cache) -> Filled:
     return filled
 
 
-@dataclass(frozen=True)
-class _Fill:
-    spec: EngineSpec
-    wire: str
-    cache: Cache
-    prepared: PreparedData
-
-
 class _Filler:
     """The actor that answers the rows of one file after another."""
 
-    def __init__(self, fill: _Fill) -> None:
-        self._fill = fill
-        self._engine: Engine = fill.spec.build()
+    def __init__(self, spec: EngineSpec, cache: Cache, prepared: PreparedData) -> None:
+        self._cache, self._prepared = cache, prepared
+        self._engine: Engine = spec.build()
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         (start,), (stop,) = batch["start"], batch["stop"]
-        cache = self._fill.cache
+        cache = self._cache
         cache.refresh()  # another may be filling it too
         row_ids = np.arange(start, stop)
         row_ids = row_ids[~cache.has(row_ids)]
-        rows = schema.to_numpy(self._fill.prepared.read_rows(row_ids).select(list(schema.PREPARED_COLUMNS)))
+        rows = schema.to_numpy(self._prepared.read_rows(row_ids).select(list(schema.PREPARED_COLUMNS)))
         answers = self._engine.annotate(rows, cache.contents.request)
         refused = [answer.reason for answer in answers if isinstance(answer, RowError)]
         answered = {
-            row_id: answer.encode(self._fill.wire)
+            row_id: answer.encode(cache.contents.wire)
             for row_id, answer in zip(row_ids.tolist(), answers, strict=True)
             if not isinstance(answer, RowError)
         }

@@ -4,7 +4,6 @@ All train the same rows in the same order from the same weights. The plain ones 
 and the loss of the run; torch's AdamW stands for DeepSpeed, a queue for Ray Data.
 """
 
-import json
 import multiprocessing
 import queue
 import time
@@ -16,14 +15,15 @@ from typing import Any
 import pyarrow as pa
 
 from ray_kd import config as configuration
-from ray_kd import storage, teacher_cache
+from ray_kd import run_folder, teacher_cache
 from ray_kd.config import RunConfig
 from ray_kd.data.order import SlotOrder
 from ray_kd.data.prepared import PreparedData
 from ray_kd.metrics import read_metrics
+from ray_kd.teacher.journal import read_journal
 from ray_kd.teacher.stage import EngineSpec, TeacherStage
 from ray_kd.trainer.feed import Expected
-from ray_kd.trainer.loop import METRICS
+from ray_kd.trainer.loop import METRICS, loss_options
 
 WARM_UP_STEPS = 3
 """Steps that are not counted: the first fill caches, and the run-ahead of a teacher that started earlier is used up."""
@@ -42,7 +42,7 @@ class Work:
 
     def config(self) -> RunConfig:
         """The run's own."""
-        return configuration.load(Path(self.run_dir) / "config.yaml")
+        return configuration.load(Path(self.run_dir) / run_folder.CONFIG)
 
 
 @dataclass
@@ -104,10 +104,8 @@ def of_run(run_dir: Path, started: float) -> Timeline:
         timeline.tokens.append(line["train/target_tokens"])
         timeline.nbytes = line["teacher/bytes_per_token"]
         previous = end
-    for path in storage.children(run_dir / "teacher"):
-        for text in storage.read_lines(path):
-            block = json.loads(text)
-            timeline.teacher.append((block["time"] - block["busy_s"], block["time"]))
+    for block in read_journal(run_dir):
+        timeline.teacher.append((block["time"] - block["busy_s"], block["time"]))
     return timeline
 
 
@@ -161,7 +159,7 @@ def _teach(work: Work, blocks: Any, results: Any) -> None:
     spans = []
     for span, block in _answers(work, work.teacher_threads):
         spans.append(span)
-        blocks.put(_to_bytes(block))
+        blocks.put(block)
     results.put({"teacher": spans})
 
 
@@ -170,7 +168,7 @@ def _learn(work: Work, blocks: Any, results: Any) -> None:
     steps, waits, tokens, nbytes = [], [], [], 0.0
     for _ in range(work.steps):
         start = time.time()
-        block = pa.ipc.open_stream(blocks.get(timeout=1800)).read_all()
+        block = blocks.get(timeout=1800)
         waits.append(time.time() - start)
         count, nbytes = train(block)
         tokens.append(count)
@@ -220,14 +218,11 @@ def _student(work: Work, threads: int) -> Callable[[pa.Table], tuple[int, float]
 
     torch.set_num_threads(threads)
     config = work.config()
-    loss = config.loss
     student = models.load_causal_lm(work.student_path, dtype=config.student.dtype)
     student.train()
-    options = {"divergence": loss.divergence, "tail": loss.tail, "temperature": loss.temperature,
-               "kd_weight": loss.kd_weight, "ce_weight": loss.ce_weight, "chunk_size": loss.chunk_size}  # fmt: skip
-    module = DistillModule(student, options)
+    module = DistillModule(student, loss_options(config, config.loss.temperature))
     optimizer = torch.optim.AdamW(module.parameters(), lr=config.train.learning_rate)
-    expected = Expected(config.teacher.payload, config.teacher.top_k, loss.temperature)
+    expected = Expected(config.teacher.payload, config.teacher.top_k, config.loss.temperature)
     size = config.train.micro_batch_size
 
     def train(block: pa.Table) -> tuple[int, float]:
@@ -241,10 +236,3 @@ def _student(work: Work, threads: int) -> Callable[[pa.Table], tuple[int, float]
         return num_tokens, sum(m.payload_nbytes for m in micro_batches) / max(1, num_tokens)
 
     return train
-
-
-def _to_bytes(block: pa.Table) -> bytes:
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, block.schema) as writer:
-        writer.write_table(block)
-    return bytes(sink.getvalue())

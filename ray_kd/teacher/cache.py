@@ -26,6 +26,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -114,8 +115,13 @@ class Contents:
     @property
     def request(self) -> Request:
         """What the teacher was asked."""
-        known = {"top_k": self.top_k, "temperature": self.temperature, "selection": self.selection, "seed": self.seed}
-        return Request(self.payload, **{name: value for name, value in known.items() if value is not None})  # type: ignore[arg-type]
+        known: dict[str, Any] = {
+            "top_k": self.top_k,
+            "temperature": self.temperature,
+            "selection": self.selection,
+            "seed": self.seed,
+        }
+        return Request(self.payload, **{name: value for name, value in known.items() if value is not None})
 
     def mismatch(self, asked: "Contents", any_temperature: bool) -> str | None:
         """Why answers like these cannot stand for those that are asked for; None when they can.

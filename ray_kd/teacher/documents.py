@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ray_kd import schema
 from ray_kd.payloads import TopKLogprobs
-from ray_kd.teacher.engine import RowError, Rows, rows_in
+from ray_kd.teacher.engine import RowError, Rows, not_finite, rows_in
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,9 +88,8 @@ def _problem(document: Document, answer: DocumentAnswer, top_k: int, vocab_size:
     shape = (len(document.targets), top_k)
     if answer.ids.shape != shape or answer.logprobs.shape != shape:
         return RowError(f"the teacher answered {answer.ids.shape} ids and {answer.logprobs.shape} values, not {shape}")
-    is_bad = np.isnan(answer.logprobs) | np.isposinf(answer.logprobs)
-    if num_bad := int(is_bad.any(axis=-1).sum()):
-        return RowError(f"the teacher's log-probabilities are not finite at {num_bad} of {shape[0]} tokens")
+    if (broken := not_finite(answer.logprobs)) is not None:
+        return broken
     if answer.ids.size and not 0 <= answer.ids.min() <= answer.ids.max() < vocab_size:
         return RowError(f"the teacher answered token {answer.ids.max()}, outside its vocabulary of {vocab_size}")
     return None

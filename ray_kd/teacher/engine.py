@@ -8,7 +8,7 @@ and shifts and masks at its own edge: a payload has one entry per `schema.target
 Rows of weight 0 (dummies) never reach an engine.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -77,6 +77,23 @@ class Engine(Protocol):
 def rows_in(rows: Rows) -> int:
     """The number of rows B."""
     return len(np.asarray(rows["input_ids"]))
+
+
+def batches(rows: Rows, batch_size: int) -> Iterator[Rows]:
+    """The rows in order, at most batch_size at a time."""
+    for start in range(0, rows_in(rows), batch_size):
+        yield {name: np.asarray(column)[start : start + batch_size] for name, column in rows.items()}
+
+
+def not_finite(logprobs: NDArray[np.floating]) -> RowError | None:
+    """The error of a row whose log-probabilities [M, K] have NaN or +inf, which is a broken forward; else None.
+
+    -inf is a probability of zero, as of a head that masks tokens.
+    """
+    is_bad = np.isnan(logprobs) | np.isposinf(logprobs)
+    if num_bad := int(is_bad.any(axis=-1).sum()):
+        return RowError(f"the teacher's log-probabilities are not finite at {num_bad} of {len(logprobs)} tokens")
+    return None
 
 
 def check_request(

@@ -2,6 +2,7 @@
 
 import json
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,22 +52,23 @@ class TeacherRows:
     from_cache: int
 
 
-def count_rows(run_dir: Path) -> TeacherRows:
-    """Count what the journal says. A line cut short by a kill is the actor's last and is not counted.
-
-    Memory: one byte a slot.
-    """
-    done = np.zeros(1024, dtype=np.bool_)
-    computed = from_cache = 0
+def read_journal(run_dir: Path) -> Iterator[dict[str, Any]]:
+    """The lines of all actors. One cut short by a kill is the actor's last and is left out."""
     for path in children(run_dir / JOURNAL):
         for text in read_lines(path):
-            if not text.endswith("\n"):
-                continue
-            line = json.loads(text)
-            slots = line["slots"]
-            computed += len(slots)
-            from_cache += line.get("cached", 0)  # not in the lines of a run from before the cache
-            if slots and max(slots) >= len(done):
-                done = np.concatenate([done, np.zeros(max(slots) + 1, dtype=np.bool_)])
-            done[slots] = True
+            if text.endswith("\n"):
+                yield json.loads(text)
+
+
+def count_rows(run_dir: Path) -> TeacherRows:
+    """Count what the journal says. Memory: one byte a slot."""
+    done = np.zeros(1024, dtype=np.bool_)
+    computed = from_cache = 0
+    for line in read_journal(run_dir):
+        slots = line["slots"]
+        computed += len(slots)
+        from_cache += line.get("cached", 0)  # not in the lines of a run from before the cache
+        if slots and max(slots) >= len(done):
+            done = np.concatenate([done, np.zeros(max(slots) + 1, dtype=np.bool_)])
+        done[slots] = True
     return TeacherRows(computed, computed - int(done.sum()), from_cache)

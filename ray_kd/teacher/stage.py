@@ -108,11 +108,13 @@ class TeacherStage:
         payloads: list[bytes] = [b""] * block.num_rows
         errors = [""] * block.num_rows
         asked = self._look_up(row_ids, wanted, payloads)
-        before_s = time.perf_counter()
-        engine = self._engine() if len(asked) else None
-        start += time.perf_counter() - before_s  # loading the model, if that was now, is no work on these rows
-        with refusal.reported(self._folder):  # a server says only when asked that it will never answer this
-            answers = engine.annotate(_prepared(block, asked), self._request) if engine is not None else []
+        answers: list[Any] = []
+        if len(asked):
+            before_s = time.perf_counter()
+            engine = self._engine()
+            start += time.perf_counter() - before_s  # loading the model, if that was now, is no work on these rows
+            with refusal.reported(self._folder):  # a server says only when asked that it will never answer this
+                answers = engine.annotate(_prepared(block, asked), self._request)
         assert len(answers) == len(asked), f"engine answered {len(answers)} of {len(asked)} rows"
         for place, answer in zip(asked, answers, strict=True):
             if isinstance(answer, RowError):

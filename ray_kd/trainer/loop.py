@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray_kd import refusal, storage
-from ray_kd.config import Student, Train
+from ray_kd.config import RunConfig, Student, Train
 from ray_kd.locks import Held, writer_lock
+from ray_kd.payloads import TOPK_LOGPROBS
 from ray_kd.trainer.feed import Expected, Feed
 from ray_kd.trainer.schedule import learning_rate
 
@@ -130,6 +131,19 @@ def _train(spec: TrainSpec, feed: Feed, held: Held, rank: int, world: int) -> No
                 _save(spec, engine, step, ledger, metrics, rank, world)
             if is_last:
                 break
+
+
+def loss_options(config: RunConfig, payload_temperature: float) -> dict[str, Any]:
+    """Keyword arguments of `fused_linear_kd_loss`, or of its dense sister; payload_temperature: the teacher's."""
+    loss = config.loss
+    of_topk = {"tail": loss.tail, "payload_temperature": payload_temperature}
+    return (of_topk if config.teacher.payload == TOPK_LOGPROBS else {}) | {
+        "divergence": loss.divergence,
+        "temperature": loss.temperature,
+        "kd_weight": loss.kd_weight,
+        "ce_weight": loss.ce_weight,
+        "chunk_size": loss.chunk_size,
+    }
 
 
 def _is_due(step: int, every: int, num_steps: int) -> bool:

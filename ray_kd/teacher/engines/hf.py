@@ -10,7 +10,7 @@ from ray_kd import schema
 from ray_kd.models import check_architecture, decoder_hidden, head_of, load_causal_lm
 from ray_kd.payloads import HIDDEN_STATES, TOPK_LOGPROBS, HiddenStates, TopKLogprobs
 from ray_kd.teacher import draws
-from ray_kd.teacher.engine import SAMPLE, SELECTIONS, Request, RowError, Rows, check_request, rows_in
+from ray_kd.teacher.engine import SAMPLE, SELECTIONS, Request, RowError, Rows, batches, check_request, not_finite
 from ray_kd.teacher.sample import sample_tokens
 from ray_kd.teacher.topk import topk_logprobs
 
@@ -57,8 +57,7 @@ class Engine:
         """
         check_request(request, self.provides, self.selections, self._head.vocab_size)
         answers: list[Answer] = []
-        for start in range(0, rows_in(rows), self._batch_size):
-            batch = {name: np.asarray(column)[start : start + self._batch_size] for name, column in rows.items()}
+        for batch in batches(rows, self._batch_size):
             answers.extend(self._annotate_batch(batch, request))
         return answers
 
@@ -79,15 +78,8 @@ class Engine:
         answers: list[Answer] = []
         for start, end in zip(np.cumsum(counts) - counts, np.cumsum(counts), strict=True):
             own = logprobs_MK[start:end]
-            # -inf is a probability of zero (a head that masks tokens); NaN or +inf is a broken forward.
-            if np.isnan(own).any() or np.isposinf(own).any():
-                bad = int((np.isnan(own) | np.isposinf(own)).any(axis=1).sum())
-                answers.append(
-                    RowError(f"the teacher's log-probabilities are not finite at {bad} of {len(own)} tokens")
-                )
-            else:
-                ids, vocab_size = ids_MK[start:end], self._head.vocab_size
-                answers.append(TopKLogprobs(ids, own, request.temperature, vocab_size, num_draws))
+            ids, vocab_size = ids_MK[start:end], self._head.vocab_size
+            answers.append(not_finite(own) or TopKLogprobs(ids, own, request.temperature, vocab_size, num_draws))
         return answers
 
     def _select(

@@ -24,7 +24,7 @@ from ray_kd.models import check_model, local_folder
 from ray_kd.payloads import TOPK_LOGPROBS, TopKLogprobs
 from ray_kd.plugins import nearest
 from ray_kd.teacher.documents import Document, DocumentAnswer, documents, payloads
-from ray_kd.teacher.engine import TOPK, Request, RowError, Rows, check_request, rows_in
+from ray_kd.teacher.engine import TOPK, Request, RowError, Rows, batches, check_request
 
 _MAX_NUM_SEQS = 256
 _CPU_KV_CACHE_BYTES = 1 << 30
@@ -141,8 +141,7 @@ class Engine:
             detokenize=False,
         )
         answers: list[TopKLogprobs | RowError] = []
-        for start in range(0, rows_in(rows), self._batch_size):
-            batch = {name: np.asarray(column)[start : start + self._batch_size] for name, column in rows.items()}
+        for batch in batches(rows, self._batch_size):
             asked = documents(batch)
             found = self._ask(asked, params)
             is_broken = [bool(np.isnan(one.logprobs).any()) for one in found]
