@@ -106,11 +106,11 @@ def cache_teacher(argv: list[str]) -> int:
     _start_logging(config)
     from ray_kd import pipeline
 
-    result = pipeline.cache_teacher(config)
-    print(
-        f"cached: {result.rows} rows, {result.computed} computed now, {result.refused} refused by the teacher, "
-        f"{result.rows_per_second:.1f} rows/s: {result.folder}"
-    )
+    for result in pipeline.cache_teacher(config):
+        print(
+            f"cached: {result.rows} rows, {result.computed} computed now, {result.refused} refused by the teacher, "
+            f"{result.rows_per_second:.1f} rows/s: {result.folder}"
+        )
     return EXIT_DONE
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ray_kd import storage
-from ray_kd.config import Pool, RunConfig
+from ray_kd.config import Pool, RunConfig, Teacher, each_teacher
 from ray_kd.errors import ConfigError, RetryableError
 
 logger = logging.getLogger(__name__)
@@ -36,13 +36,14 @@ class Demand:
 
     @classmethod
     def of(cls, config: RunConfig) -> "Demand":
-        """Workers, the whole teacher pool, the repartition and one read per teacher."""
-        train, pool = config.train, config.teacher.pool
+        """Workers, all of every teacher pool, the repartition and one read per teacher."""
+        train, pools = config.train, pools_of(config)
         return cls(
             num_cpus=train.num_workers * train.cpus_per_worker
-            + pool.max_actors * (pool.num_cpus + _READ_CPUS)
+            + sum(pool.max_actors * (pool.num_cpus + _READ_CPUS) for pool in pools)
             + _REPARTITION_CPUS,
-            num_gpus=train.num_workers * train.gpus_per_worker + pool.max_actors * pool.num_gpus,
+            num_gpus=train.num_workers * train.gpus_per_worker
+            + sum(pool.max_actors * pool.num_gpus for pool in pools),
         )
 
 
@@ -51,14 +52,29 @@ class Threads:
     """CPU threads of one process of each pool."""
 
     teacher: int
+    """Of a teacher that is not told how many."""
     worker: int
 
     @classmethod
     def of(cls, config: RunConfig) -> "Threads":
         """As configured, or the physical cores of this machine shared out evenly between teachers and workers."""
-        processes = config.teacher.pool.max_actors + config.train.num_workers
+        processes = max_teachers(config) + config.train.num_workers
         share = max(1, physical_cores() // processes)
-        return cls(config.teacher.threads or share, config.train.threads_per_worker or share)
+        return cls(share, config.train.threads_per_worker or share)
+
+    def of_teacher(self, teacher: Teacher) -> int:
+        """As it is told, or its share."""
+        return teacher.threads or self.teacher
+
+
+def pools_of(config: RunConfig) -> list[Pool]:
+    """The pool of each teacher."""
+    return [alone.teacher.pool for _, alone in each_teacher(config)]
+
+
+def max_teachers(config: RunConfig) -> int:
+    """Actors that all pools together may grow to."""
+    return sum(pool.max_actors for pool in pools_of(config))
 
 
 def physical_cores() -> int:
@@ -103,8 +119,9 @@ def check_local_gpus(config: RunConfig) -> None:
     if found < demand.num_gpus:
         raise ConfigError(
             f"the layout needs {demand.num_gpus:g} GPUs (train.gpus_per_worker={config.train.gpus_per_worker:g} x "
-            f"{config.train.num_workers} workers + teacher.pool.num_gpus={config.teacher.pool.num_gpus:g} x "
-            f"{config.teacher.pool.max_actors} actors) and this machine has {found}: set them to 0, or join a cluster"
+            f"{config.train.num_workers} workers + teacher.pool.num_gpus="
+            f"{' + '.join(f'{pool.num_gpus:g} x {pool.max_actors} actors' for pool in pools_of(config))}) and this "
+            f"machine has {found}: set them to 0, or join a cluster"
         )
 
 
@@ -189,6 +206,7 @@ def actor_pool(pool: Pool) -> dict[str, Any]:
         "num_gpus": pool.num_gpus,
         "max_restarts": _TEACHER_RETRIES,
         "max_task_retries": _TEACHER_RETRIES,
+        "label_selector": dict(pool.label_selector) or None,
     }
 
 

@@ -9,7 +9,7 @@ import ast
 import io
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,31 +73,45 @@ class Cache:
 
 
 @dataclass
-class Teacher:
+class TeacherModel:
     model: str = MISSING
     """Local folder or Hugging Face hub id of the teacher."""
     revision: str | None = None
     """Hub revision of the teacher (branch, tag or commit); recorded in the model card."""
     engine: Any = field(default_factory=lambda: {"kind": "hf"})
     """What computes the teacher's answers: {kind: hf | vllm | http, ...}."""
+    batch_size: int = 4
+    """Rows per teacher forward; caps the engine's sub-batches, does not change any result."""
+    dtype: str = "auto"
+    """Weights' type: auto (as saved) | float32 | bfloat16 | float16."""
+    threads: int | None = None
+    """CPU threads per teacher actor. Default: physical cores shared out between teachers and workers."""
+    pool: Pool = field(default_factory=Pool)
+
+
+@dataclass
+class Teacher(TeacherModel):
     payload: str = "topk_logprobs"
     """What it sends: topk_logprobs | hidden_states (2 bytes x width a token; exact over the whole vocabulary)."""
     top_k: int = 64
     """Log-probabilities kept per target token, the most likely first; vocabulary size = everything."""
     selection: str = "topk"
     """topk: the most likely tokens | sample: top_k draws from the teacher, unbiased (forward_kl with tail drop)."""
-    batch_size: int = 4
-    """Rows per teacher forward; caps the engine's sub-batches, does not change any result."""
-    dtype: str = "auto"
-    """Weights' type: auto (as saved) | float32 | bfloat16 | float16."""
     wire: str = "plain"
     """How answers travel to the student: plain (fp16, least work) | compact (about half the bytes, for slow links)."""
     run_ahead_rows: int = 64
     """How many rows the teacher may be ahead of the student; bounds the object store and the work lost in a crash."""
-    threads: int | None = None
-    """CPU threads per teacher actor. Default: physical cores shared out between teachers and workers."""
-    pool: Pool = field(default_factory=Pool)
     cache: Cache = field(default_factory=Cache)
+
+
+@dataclass
+class OneOfTeachers(TeacherModel):
+    name: str | None = None
+    """Names the pool in journals and summary, and the folder of its cache. Default: the last part of `model`."""
+    weight: float = 1.0
+    """Of its probabilities where several answer a row; they are divided by their sum."""
+    rows: list[str] | None = None
+    """Values of the column `data.route_by` whose rows it answers. Default: every row."""
 
 
 @dataclass
@@ -217,11 +231,17 @@ class RunConfig:
     run: Run = field(default_factory=Run)
     data: Data = field(default_factory=Data)
     teacher: Teacher = field(default_factory=Teacher)
+    teachers: list[OneOfTeachers] = field(default_factory=list)
+    """Several teachers, a pool each: what `teacher` says of one model and its pool, and the keys here. `teacher` then
+    says what is common to all; the first prepares the data and lends `student.init` its layers."""
     student: Student = field(default_factory=Student)
     loss: Loss = field(default_factory=Loss)
     train: Train = field(default_factory=Train)
     eval: Eval = field(default_factory=Eval)
     cluster: Cluster = field(default_factory=Cluster)
+
+
+_OF_MODEL = [item.name for item in fields(TeacherModel)]
 
 
 def load(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
@@ -250,7 +270,12 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
             given = OmegaConf.select(parsed, key) if override.startswith(f"{key}=") else None
             if isinstance(given, DictConfig) and "kind" in given:
                 OmegaConf.update(merged, key, None)
-        merged = _merge(merged, parsed, where=f"override '{override}'")
+        where = f"override '{override}'"
+        if isinstance(parsed.get("teachers"), DictConfig):
+            _merge_into_list(merged, parsed.teachers, where)
+        else:
+            merged = _merge(merged, parsed, where)
+    _settle_teachers(merged)
     try:
         config = OmegaConf.to_object(merged)
     except MissingMandatoryValue as error:
@@ -259,7 +284,33 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(str(error).splitlines()[0]) from error
     assert isinstance(config, RunConfig)
     _make_absolute(config)
+    for one in config.teachers:
+        one.name = one.name or Path(one.model).name
     return config
+
+
+def each_teacher(config: RunConfig) -> "list[tuple[OneOfTeachers | None, RunConfig]]":
+    """Each of the config's teachers and the config in which it is the only one; (None, config) of a single one."""
+    if not config.teachers:
+        return [(None, config)]
+    return [
+        (one, replace(config, teachers=[], teacher=replace(config.teacher, **{n: getattr(one, n) for n in _OF_MODEL})))
+        for one in config.teachers
+    ]
+
+
+def _settle_teachers(merged: DictConfig) -> None:
+    """What `teacher` says of a model is said by the first of `teachers`, where there are several."""
+    if not merged.teachers:
+        return
+    first, common, default = merged.teachers[0], merged.teacher, OmegaConf.structured(Teacher)
+    for name in _OF_MODEL:
+        if OmegaConf.is_missing(first, name):
+            raise ConfigError(f"teachers[0].{name} is missing")
+        is_set = not OmegaConf.is_missing(common, name) and (name == "model" or common[name] != default[name])
+        if is_set and common[name] != first[name]:
+            raise ConfigError(f"teacher.{name} and teachers are both set: set {name} in each of teachers")
+        common[name] = first[name]
 
 
 def _make_absolute(config: RunConfig) -> None:
@@ -273,7 +324,7 @@ def _make_absolute(config: RunConfig) -> None:
             paths = source["paths"]
             paths = [paths] if isinstance(paths, str) else paths  # one path is a list of one
             source["paths"] = [_absolute(path) if isinstance(path, str) else path for path in paths]
-    for model in (config.teacher, config.student):
+    for model in (config.teacher, *config.teachers, config.student):
         # A hub id has the form of a relative path: what exists here, or begins like a path, is one.
         if model.model is not None and (Path(model.model).exists() or model.model.startswith((".", "~"))):
             model.model = _absolute(model.model)
@@ -297,19 +348,24 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
 
 
 def describe() -> Iterator[tuple[str, plugins.Field]]:
-    """(dotted key, field) for every key of the config, in order, read from this file's own source."""
+    """(dotted key, field) for every key of the config, in order, read from this file's own source.
+
+    Of `teachers[]` those that `teacher` does not have.
+    """
     tree = ast.parse(Path(__file__).read_text())
     yield from _describe(tree, "RunConfig", "")
 
 
 def _describe(tree: ast.Module, class_name: str, prefix: str) -> Iterator[tuple[str, plugins.Field]]:
-    classes = {node.name for node in tree.body if isinstance(node, ast.ClassDef)}
-    for item in plugins.fields_of(tree, class_name):
-        nested = item.annotation.removesuffix(" | None")
+    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    bases = [] if prefix.endswith("[].") else [ast.unparse(base) for base in classes[class_name].bases]
+    for item in [item for name in [*bases, class_name] for item in plugins.fields_of(tree, name)]:
+        nested = item.annotation.removesuffix(" | None").removeprefix("list[").removesuffix("]")
         if item.sentence or nested not in classes:
             yield prefix + item.name, item
         if nested in classes:
-            yield from _describe(tree, nested, f"{prefix}{item.name}.")
+            is_list = item.annotation.startswith("list[")
+            yield from _describe(tree, nested, f"{prefix}{item.name}{'[]' * is_list}.")
 
 
 def _read_yaml(path: Path) -> DictConfig:
@@ -340,6 +396,15 @@ def _merge(base: DictConfig, update: DictConfig, where: str) -> DictConfig:
         raise ConfigError(f"{where}: {str(error).splitlines()[0]}") from error
     assert isinstance(merged, DictConfig)
     return merged
+
+
+def _merge_into_list(merged: DictConfig, update: DictConfig, where: str) -> None:
+    """teachers.INDEX.KEY=VALUE."""
+    for index, of_one in update.items():
+        places = [str(place) for place in range(len(merged.teachers))]
+        if str(index) not in places:
+            raise ConfigError(f"{where}: teachers has no entry {index}; allowed: {', '.join(places) or 'it is empty'}")
+        merged.teachers[int(str(index))] = _merge(merged.teachers[int(str(index))], of_one, where)
 
 
 def _known_keys() -> list[str]:

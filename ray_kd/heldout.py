@@ -10,9 +10,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ray_kd import plugins
+import numpy as np
+
+from ray_kd import plugins, schema
 from ray_kd.data.prepared import PreparedData
+from ray_kd.payloads import TopKLogprobs
 from ray_kd.teacher.engine import Request, RowError
+from ray_kd.teacher.mixture import Part
 from ray_kd.teacher.stage import EngineSpec
 
 if TYPE_CHECKING:
@@ -29,10 +33,12 @@ class HeldOut:
     prepared_dir: str
     max_rows: int
     batch_size: int
-    teacher: EngineSpec
+    teachers: list[tuple[EngineSpec, Part | None]]
+    """With its part in the answers, where it is one of several."""
     top_k: int
     is_exact: bool
-    """KL over the whole vocabulary where the engine's model can be loaded; else, and without it, top k and a bucket."""
+    """KL over the whole vocabulary where there is one teacher and its model can be loaded; else, and without it, top k
+    and a bucket."""
 
 
 def make_evaluate(spec: HeldOut, device: "torch.device") -> Callable[[Any], dict[str, float]]:
@@ -74,12 +80,12 @@ def _evaluator(spec: HeldOut, device: "torch.device", rank: int, world_size: int
 
 
 def _targets(spec: HeldOut, rows: dict[str, Any], device: "torch.device") -> "TeacherTargets":
-    """Exact where the engine's model can be loaded here, else what the engine says through its top k."""
+    """Exact where the engine's model can be loaded here, else what the engines say through their top k."""
     from ray_kd.eval import DenseTargets, TopKTargets
 
-    teacher = spec.teacher
+    teacher, part = spec.teachers[0]
     module, _ = plugins.options("teacher.engines", teacher.engine, "teacher.engine")
-    if spec.is_exact and module.Engine.is_local_model:
+    if spec.is_exact and part is None and module.Engine.is_local_model:
         return DenseTargets.compute(
             rows,
             model=teacher.model,
@@ -88,12 +94,24 @@ def _targets(spec: HeldOut, rows: dict[str, Any], device: "torch.device") -> "Te
             device=device,
             batch_size=spec.batch_size,
         )
-    engine = teacher.build()
-    try:
-        answers = engine.annotate(rows, Request(top_k=spec.top_k, temperature=1.0))
-    finally:
-        engine.close()
-    return TopKTargets([None if isinstance(answer, RowError) else answer for answer in answers])
+    routes = rows[schema.ROUTE]
+    answers: list[TopKLogprobs | None] = [None] * len(routes)
+    is_lost = np.zeros(len(routes), np.bool_)
+    for teacher, part in spec.teachers:
+        own = np.flatnonzero(np.ones_like(is_lost) if part is None else part.takes(routes))
+        engine = teacher.build()
+        try:
+            said = engine.annotate(
+                {name: rows[name][own] for name in schema.PREPARED_COLUMNS}, Request(top_k=spec.top_k, temperature=1.0)
+            )
+        finally:
+            engine.close()
+        for row, answer in zip(own, said, strict=True):
+            if isinstance(answer, RowError):
+                is_lost[row] = True
+            else:
+                answers[row] = answer if part is None else part.add(routes[row], answers[row], answer)
+    return TopKTargets([None if lost else answer for lost, answer in zip(is_lost, answers, strict=True)])
 
 
 @contextmanager

@@ -29,6 +29,7 @@ from ray_kd.payloads import HIDDEN_STATES, TOPK_LOGPROBS, hidden_states, topk_lo
 from ray_kd.progress import Progress
 from ray_kd.teacher.cache import DISABLED, WRITE_THROUGH, Cache
 from ray_kd.teacher.engine import Request
+from ray_kd.teacher.mixture import Part, parts_of
 from ray_kd.teacher.stage import EngineSpec, TeacherStage
 from ray_kd.trainer.feed import Expected
 from ray_kd.trainer.loop import CHECKPOINTS, METRICS, QUARANTINE, STOP_FLAG, TrainSpec, loss_options, train
@@ -79,14 +80,15 @@ def distill(config: RunConfig) -> dict[str, Any]:
                 order = _order(config, prepared.manifest)
                 planned = summary.Planned.of(prepared.manifest, order)
                 _warn(config, order)
-                cache = teacher_cache.open_for(config, prepared)
+                teachers = _teachers(config, prepared, vocab_size)
                 student_path = _student(config, run_dir, prepared)
-                payload = _teacher_payload(config, run_dir, vocab_size, cache)
+                payload = _teacher_payload(config, run_dir, vocab_size, teachers)
                 _fit(config, run_dir, held, prepared, order, student_path, payload)
                 held.check()
                 results.finish(config, run_dir)
-                if cache is not None and cache.is_written:
-                    teacher_cache.merge(cache)
+                for teacher in teachers:
+                    if teacher.cache is not None and teacher.cache.is_written:
+                        teacher_cache.merge(teacher.cache)
         except BaseException as error:
             if not isinstance(error, Lost):
                 _write_failure(run_dir, planned, error)
@@ -94,18 +96,21 @@ def distill(config: RunConfig) -> dict[str, Any]:
         return summary.write(run_dir, planned, EXIT_DONE)
 
 
-def cache_teacher(config: RunConfig) -> teacher_cache.Filled:
-    """Fill the teacher's cache for the training rows of a config, whatever its mode. Starts or joins a Ray.
+def cache_teacher(config: RunConfig) -> list[teacher_cache.Filled]:
+    """Fill each teacher's cache for the training rows of a config, whatever its mode. Starts or joins a Ray.
 
     Raises ConfigError, DataError or RetryableError with one line for the user.
     """
     config.teacher.cache.mode = WRITE_THROUGH
-    validate(config)
+    vocab_size = validate(config).teacher.vocab_size
     with cluster.connected(config, trains=False), launch.interruptible():
         prepared = prepare(config)
-        cache = teacher_cache.open_for(config, prepared)
-        assert cache is not None
-        return teacher_cache.fill(config, prepared, cache)
+        filled = []
+        for alone, part in _alone(config, prepared, vocab_size):
+            cache = teacher_cache.open_for(alone, prepared, part)
+            assert cache is not None
+            filled.append(teacher_cache.fill(alone, prepared, cache, part))
+        return filled
 
 
 def _write_failure(run_dir: Path, planned: summary.Planned | None, error: BaseException) -> None:
@@ -163,6 +168,8 @@ def _content(config: RunConfig, plan: "Plan") -> dict[str, str]:
     }
     if config.student.model is not None:
         content["student weights"] = model_identity(config.student.model, config.student.revision)
+    for one in config.teachers[1:]:
+        content[f"weights of teacher {one.name}"] = model_identity(one.model, one.revision)
     return content
 
 
@@ -275,26 +282,64 @@ def _make_student(
 
 
 @dataclass(frozen=True)
-class _TeacherPayload:
-    """What the teacher is asked, and what of it the student will be sent."""
+class _Teacher:
+    """What one teacher of the stream is, where it runs, and what it is asked."""
 
+    engine: EngineSpec
+    pool: Pool
+    part: Part | None
+    """Of the answers; None for a single teacher."""
+    cache: Cache | None
     request: Request
     """Of the cache, where there is one: its K may be larger, its temperature another."""
-    cache: Cache | None
+
+
+def _teachers(config: RunConfig, prepared: PreparedData, vocab_size: int) -> list[_Teacher]:
+    """In the order of the config; those that have no row are left out."""
+    threads = cluster.Threads.of(config)
+    teachers = []
+    for alone, part in _alone(config, prepared, vocab_size):
+        cache = teacher_cache.open_for(alone, prepared, part)
+        request = teacher_cache.asked_of_teacher(alone) if cache is None else cache.contents.request
+        spec = EngineSpec.of(alone.teacher, threads.of_teacher(alone.teacher))
+        teachers.append(_Teacher(spec, alone.teacher.pool, part, cache, request))
+    return teachers
+
+
+def _alone(config: RunConfig, prepared: PreparedData, vocab_size: int) -> list[tuple[RunConfig, Part | None]]:
+    """Each teacher with a row to answer: the config in which it is the only one, and its part in the answers."""
+    found: list[tuple[RunConfig, Part | None]] = []
+    parts = parts_of(config, prepared.manifest.routes, vocab_size)
+    for (one, alone), part in zip(configuration.each_teacher(config), parts, strict=True):
+        if one is not None and part is not None and not part.shares.any():
+            logger.warning("teacher '%s' answers nothing: no row's %s is among %s",
+                           one.name, config.data.route_by, one.rows)  # fmt: skip
+        else:
+            found.append((alone, part))
+    return found
+
+
+@dataclass(frozen=True)
+class _TeacherPayload:
+    """Who answers, and what of the answers the student will be sent."""
+
+    teachers: list[_Teacher]
     expected: Expected
     nbytes_per_token: int
     head: str | None
     """Folder of the head that makes log-probabilities of hidden states."""
 
 
-def _teacher_payload(config: RunConfig, run_dir: Path, vocab_size: int, cache: Cache | None) -> _TeacherPayload:
+def _teacher_payload(
+    config: RunConfig, run_dir: Path, vocab_size: int, teachers: list[_Teacher]
+) -> _TeacherPayload:  # fmt: skip
     """The payloads of the run. For hidden states the teacher is loaded once a run, to save its head."""
     teacher = config.teacher
-    request = teacher_cache.asked_of_teacher(config) if cache is None else cache.contents.request
     if teacher.payload == TOPK_LOGPROBS:
-        expected = Expected(TOPK_LOGPROBS, teacher.top_k, request.temperature)
-        nbytes = topk_logprobs.nbytes_per_token(teacher.top_k, vocab_size)
-        return _TeacherPayload(request, cache, expected, nbytes, None)
+        part = teachers[0].part
+        width = teacher.top_k if part is None else part.width
+        expected = Expected(TOPK_LOGPROBS, width, teachers[0].request.temperature)
+        return _TeacherPayload(teachers, expected, topk_logprobs.nbytes_per_token(width, vocab_size), None)
     from ray_kd.models import head_shape
 
     folder = run_dir / run_folder.TEACHER_HEAD
@@ -315,7 +360,7 @@ def _teacher_payload(config: RunConfig, run_dir: Path, vocab_size: int, cache: C
         )
     nbytes = hidden_states.nbytes_per_token(shape.width)
     expected = Expected(HIDDEN_STATES, shape.width, config.loss.temperature)
-    return _TeacherPayload(request, cache, expected, nbytes, str(folder))
+    return _TeacherPayload(teachers, expected, nbytes, str(folder))
 
 
 def _make_head(teacher: str, revision: str | None, dtype: str, out_dir: str, threads: int, on_gpu: bool) -> "HeadShape":
@@ -339,12 +384,9 @@ class _StreamSpec:
     prepared_dir: str
     order: SlotOrder
     block_rows: int
-    engine: EngineSpec
-    request: Request
+    teachers: list[_Teacher]
     top_k: int
     wire: str
-    cache: Cache | None
-    pool: Pool
 
 
 def _stream(spec: _StreamSpec) -> "ray.data.Dataset":
@@ -352,6 +394,7 @@ def _stream(spec: _StreamSpec) -> "ray.data.Dataset":
     import ray.data
 
     from ray_kd.data.stream import PausedSteps, ordered_rows
+    from ray_kd.teacher.pool import PoolNotes
 
     run_dir = storage.path(spec.run_dir)
     with storage.store_errors():
@@ -362,21 +405,50 @@ def _stream(spec: _StreamSpec) -> "ray.data.Dataset":
     # The controller has a DataContext of its own: what the driver set does not reach it.
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    context.custom_execution_callback_classes = [PausedSteps]
+    context.custom_execution_callback_classes = [PausedSteps, PoolNotes]
     context.execution_options.preserve_order = True
-    context.execution_options.label_selector = spec.pool.label_selector or None
-    rows = partial(ordered_rows, spec.order, spec.prepared_dir, start_slot=start_slot, block_rows=spec.block_rows)
-    rest = (spec.request, str(run_dir), spec.wire, spec.cache, spec.top_k)
-    if spec.cache is not None and teacher_cache.covers(spec.cache, spec.order, start_slot):
-        # No actor, and no teacher loaded: the readers add the answers.
-        return rows(make_transform=partial(TeacherStage, None, *rest))
-    return rows().map_batches(
-        TeacherStage,
-        fn_constructor_args=(spec.engine, *rest),
-        batch_size=spec.block_rows,
-        batch_format="pyarrow",
-        **cluster.actor_pool(spec.pool),
-    )
+    covered, computing = _covered(spec.teachers, spec.prepared_dir, spec.order, start_slot)
+    context.execution_options.label_selector = _common_labels(computing)
+    PoolNotes.announce(context, run_dir, ["" if t.part is None else t.part.name for t in computing])
+    rows = ordered_rows(
+        spec.order, spec.prepared_dir, start_slot=start_slot, block_rows=spec.block_rows,
+        make_transforms=[partial(TeacherStage, None, *_stage_arguments(spec, teacher)) for teacher in covered],
+    )  # fmt: skip
+    for teacher in computing:
+        rows = rows.map_batches(
+            TeacherStage,
+            fn_constructor_args=(teacher.engine, *_stage_arguments(spec, teacher)),
+            batch_size=spec.block_rows,
+            batch_format="pyarrow",
+            **cluster.actor_pool(teacher.pool),
+        )
+    return rows
+
+
+def _stage_arguments(spec: _StreamSpec, teacher: _Teacher) -> tuple[Any, ...]:
+    return teacher.request, spec.run_dir, spec.wire, teacher.cache, spec.top_k, teacher.part
+
+
+def _covered(
+    teachers: list[_Teacher], prepared_dir: str, order: SlotOrder, start_slot: int
+) -> tuple[list[_Teacher], list[_Teacher]]:
+    """(the first teachers, whose caches have all that is left, the others).
+
+    The readers add the answers of the former: no actor is started for them and no model loaded. Their order is that of
+    the config, so that a mixture is summed as it was before.
+    """
+    prepared = PreparedData(prepared_dir)
+    for count, teacher in enumerate(teachers):
+        own = teacher_cache.rows_of(teacher.part, prepared)
+        if teacher.cache is None or not teacher_cache.covers(teacher.cache, own, order, start_slot):
+            return teachers[:count], teachers[count:]
+    return teachers, []
+
+
+def _common_labels(teachers: list[_Teacher]) -> dict[str, str] | None:
+    """The labels that all pools ask for: where the rows are read."""
+    first, *others = [dict(teacher.pool.label_selector) for teacher in teachers] or [{}]
+    return {name: value for name, value in first.items() if all(o.get(name) == value for o in others)} or None
 
 
 def _note_attempt(run_dir: Path, start_slot: int) -> None:
@@ -397,7 +469,7 @@ def _fit(
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    options, pool = config.train, config.teacher.pool
+    options = config.train
     threads = cluster.Threads.of(config)
     block_rows, run_ahead_nbytes = _stream_sizes(config, prepared.manifest, payload.nbytes_per_token)
     stream = _StreamSpec(
@@ -405,15 +477,13 @@ def _fit(
         prepared_dir=str(prepared.folder),
         order=order,
         block_rows=block_rows,
-        engine=EngineSpec.of(config.teacher, threads.teacher),
-        request=payload.request,
+        teachers=payload.teachers,
         top_k=config.teacher.top_k,
         wire=config.teacher.wire,
-        cache=payload.cache,
-        pool=pool,
     )
+    _, computing = _covered(payload.teachers, stream.prepared_dir, order, steps * options.global_batch_size)
     _warn_of_spilling(config, run_ahead_nbytes)
-    held_out = results.held_out(config, prepared.folder, threads.worker, on_gpu=options.gpus_per_worker > 0)
+    held_out = results.held_out(config, prepared, threads.worker, on_gpu=options.gpus_per_worker > 0)
     spec = TrainSpec(
         run_dir=str(run_dir),
         config_yaml=configuration.to_yaml(config),
@@ -457,7 +527,7 @@ def _fit(
         dataset_config=ray.train.DataConfig(
             execution_options=ray.data.ExecutionOptions(
                 preserve_order=True,
-                label_selector=pool.label_selector or None,
+                label_selector=_common_labels(computing),
                 resource_limits=ray.data.ExecutionResources.for_limits(object_store_memory=run_ahead_nbytes),
             ),
             enable_shard_locality=False,  # ignored with preserve_order
@@ -465,7 +535,8 @@ def _fit(
     )
     logger.info(
         "training: step %d to %d, %d rows each, on %d worker(s) and up to %d teacher(s), which load first",
-        steps + 1, order.num_steps, options.global_batch_size, options.num_workers, pool.max_actors,
+        steps + 1, order.num_steps, options.global_batch_size, options.num_workers,
+        sum(teacher.pool.max_actors for teacher in computing),
     )  # fmt: skip
     progress = Progress(run_dir / METRICS, order.num_steps)
     try:
@@ -485,7 +556,7 @@ def _stream_sizes(config: RunConfig, manifest: "Manifest", nbytes_per_token: int
     options, teacher = config.train, config.teacher
     payload_nbytes = manifest.max_targets_per_row * nbytes_per_token
     row_nbytes = int(12 * config.data.sequence_length + payload_nbytes + 128)
-    processes = options.num_workers + teacher.pool.max_actors
+    processes = options.num_workers + cluster.max_teachers(config)
     block_rows = _block_rows(
         options.global_batch_size // options.num_workers,
         options.micro_batch_size,

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from ray_kd import checkpoint, cluster, run_folder, storage, summary
-from ray_kd.config import RunConfig, to_yaml
+from ray_kd.config import RunConfig, each_teacher, to_yaml
 from ray_kd.data.prepared import PreparedData
 from ray_kd.errors import ConfigError, DataError
 from ray_kd.heldout import HeldOut, evaluate_model
+from ray_kd.teacher.mixture import parts_of
 from ray_kd.teacher.stage import EngineSpec
 from ray_kd.trainer.loop import CHECKPOINTS
 
@@ -87,7 +88,7 @@ def evaluate(config: RunConfig, *, model: str | None = None, max_rows: int | Non
         raise DataError(f"run '{run_dir}' has no held-out rows: set data.eval_source or data.eval_fraction")
     threads, on_gpu = cluster.physical_cores(), torch.cuda.is_available()
     torch.set_num_threads(threads)
-    spec = held_out(config, prepared.folder, threads, on_gpu=on_gpu, max_rows=max_rows)
+    spec = held_out(config, prepared, threads, on_gpu=on_gpu, max_rows=max_rows)
     return evaluate_model(spec, model or str(_final(run_dir)), torch.device("cuda" if on_gpu else "cpu"))
 
 
@@ -112,15 +113,23 @@ def sample(config: RunConfig, final: str) -> list[dict[str, str]]:
 
 
 def held_out(
-    config: RunConfig, prepared_dir: Path, threads: int, *, on_gpu: bool, max_rows: int | None = None
+    config: RunConfig, prepared: PreparedData, threads: int, *, on_gpu: bool, max_rows: int | None = None
 ) -> HeldOut:
     """The evaluation of a config; max_rows replaces the configured number."""
-    teacher = EngineSpec.of(config.teacher, threads)
+    from ray_kd import models
+
+    teacher = config.teacher
+    vocab_size = models.check_model(teacher.model, teacher.revision, "teacher", needs_weights=False).vocab_size
+    parts = parts_of(config, prepared.manifest.routes, vocab_size)
     return HeldOut(
-        prepared_dir=str(prepared_dir),
+        prepared_dir=str(prepared.folder),
         max_rows=config.eval.max_rows if max_rows is None else max_rows,
         batch_size=config.eval.batch_size,
-        teacher=teacher.on(on_gpu),
+        teachers=[
+            (EngineSpec.of(alone.teacher, threads).on(on_gpu), part)
+            for (_, alone), part in zip(each_teacher(config), parts, strict=True)
+            if part is None or part.shares.any()
+        ],
         top_k=config.teacher.top_k,
         is_exact=config.eval.kl == "exact",
     )
@@ -167,7 +176,7 @@ def _card(config: RunConfig, run_dir: Path) -> str:
     content = run_folder.content_of(run_dir)
     init = config.student.init
     return model_card(
-        teacher=config.teacher.model,
+        teacher=", ".join(one.teacher.model for _, one in each_teacher(config)),
         teacher_identity=content["teacher weights"],
         student_init=_init_in_words(init.layers, init.select)
         if init

@@ -16,7 +16,7 @@ from typing import Any
 
 from ray_kd import config as configuration
 from ray_kd import storage
-from ray_kd.config import RunConfig
+from ray_kd.config import OneOfTeachers, RunConfig, each_teacher
 from ray_kd.errors import ConfigError
 from ray_kd.payloads import HIDDEN_STATES
 
@@ -33,7 +33,7 @@ _IDENTITY_KEYS = (
     "run.seed",
     "data.source", "data.format", "data.eval_source", "data.eval_fraction", "data.sequence_length",
     "teacher.model", "teacher.revision", "teacher.engine", "teacher.payload", "teacher.top_k", "teacher.selection",
-    "teacher.dtype", "teacher.wire",
+    "teacher.dtype", "teacher.wire", "teachers",
     "eval.max_rows", "eval.kl",
     "student.model", "student.revision", "student.init", "student.dtype",
     "loss.divergence", "loss.tail", "loss.temperature", "loss.kd_weight", "loss.ce_weight",
@@ -52,10 +52,10 @@ _FREE_OPTIONS = {
 }  # fmt: skip
 """Kind of engine -> options that say where and how it is asked: a server may move while a run stands still."""
 
-_IMPLIED = {"teacher.payload": "topk_logprobs", "teacher.selection": "topk", "teacher.wire": "plain"}
+_IMPLIED = {"teacher.payload": "topk_logprobs", "teacher.selection": "topk", "teacher.wire": "plain", "teachers": None}
 """What runs did before these keys existed."""
 
-_CONTENT_KEYS = {"data.source", "data.eval_source", "teacher.model", "student.model"}
+_CONTENT_KEYS = {"data.source", "data.eval_source", "teacher.model", "teachers.model", "student.model"}
 """Paths may move; what they hold is compared by its fingerprint (`check_content`)."""
 
 
@@ -82,15 +82,25 @@ def identity(config: RunConfig) -> dict[str, Any]:
     plain = configuration.to_dict(config)
     values: dict[str, Any] = {}
     for key in _IDENTITY_KEYS:
-        section, name = key.split(".")
-        values[key] = plain[section][name]
+        section, _, name = key.partition(".")
+        values[key] = plain[section][name] if name else plain[section]
     if isinstance(config.teacher.engine, dict):
         values["teacher.engine"] = engine_identity(config)
+    values["teachers"], values["teachers.model"] = None, None
+    if config.teachers:
+        values["teachers"] = [_identity_of(one, alone) for one, alone in each_teacher(config)]
+        values["teachers.model"] = [one.model for one in config.teachers]
     if config.teacher.payload == HIDDEN_STATES:  # which leaves these without effect
         values["loss.tail"] = None
         if config.eval.kl == "exact":
             values["teacher.top_k"] = None
     return values
+
+
+def _identity_of(one: OneOfTeachers | None, alone: RunConfig) -> dict[str, Any]:
+    assert one is not None
+    names = ("name", "weight", "rows", "revision", "dtype")
+    return {name: getattr(one, name) for name in names} | {"engine": engine_identity(alone)}
 
 
 def engine_identity(config: RunConfig, with_address: bool = False) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from ray_kd import checkpoint, run_folder, storage
 from ray_kd.data.manifest import Manifest
 from ray_kd.data.order import SlotOrder
 from ray_kd.metrics import read_metrics
-from ray_kd.teacher.journal import count_rows
+from ray_kd.teacher.journal import count_rows, read_pools
 from ray_kd.trainer.ledger import Totals
 from ray_kd.trainer.loop import CHECKPOINTS, EVAL_BEFORE, METRICS
 
@@ -62,6 +62,8 @@ def build(run_dir: Path, planned: Planned, exit_code: int) -> dict[str, Any]:
         "teacher_rows_computed": teacher_rows.computed,
         "teacher_rows_repeated": teacher_rows.repeated,
         "teacher_rows_from_cache": teacher_rows.from_cache,
+        "teacher_pools": [asdict(pool) for pool in read_pools(run_dir)],
+        "teacher_actors": [actor.report() for actor in teacher_rows.actors],
         "steps": totals.steps,
         "steps_skipped": totals.steps_skipped,
         "epochs": rows_consumed / max(1, planned.rows_prepared),
@@ -86,9 +88,20 @@ def describe(summary: dict[str, Any]) -> str:
         f"{summary['rows_missing']} missing, {summary['rows_duplicated']} duplicated, "
         f"{summary['rows_quarantined']} quarantined",
     ]
+    lines += [_describe_actor(actor) for actor in summary.get("teacher_actors", []) if actor["rows_computed"]]
     if summary["eval"]:
         lines.append(describe_eval(summary["eval"]))
     return "\n".join(lines)
+
+
+def _describe_actor(actor: dict[str, Any]) -> str:
+    name = f"teacher {actor['teacher']}".rstrip()
+    parts = [f"{name} (pid {actor['pid']} on {actor['node']}): {actor['rows_computed']:,} rows"]
+    parts += [f"{actor['tokens_per_second']:,.0f} tokens/s"] if actor["tokens"] else []
+    parts += [f"busy {actor['busy_fraction']:.0%}"]
+    parts += [f"batches {actor['batch_fill']:.0%} full"] if actor["places"] else []
+    parts += [f"{actor['retries']} retries"] if actor["retries"] else []
+    return ", ".join(parts)
 
 
 _LABELS = {

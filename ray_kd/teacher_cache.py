@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ray_kd import cluster, launch, run_folder, schema, storage
 from ray_kd.config import RunConfig
@@ -21,6 +22,7 @@ from ray_kd.models import model_identity
 from ray_kd.payloads import TOPK_LOGPROBS
 from ray_kd.teacher.cache import DISABLED, Cache, Contents, open_cache
 from ray_kd.teacher.engine import Engine, Request, RowError
+from ray_kd.teacher.mixture import Part
 from ray_kd.teacher.stage import EngineSpec
 
 logger = logging.getLogger(__name__)
@@ -49,9 +51,10 @@ def folder(config: RunConfig) -> Path:
     return found
 
 
-def open_for(config: RunConfig, prepared: PreparedData) -> Cache | None:
+def open_for(config: RunConfig, prepared: PreparedData, part: Part | None = None) -> Cache | None:
     """The cache of the configured teacher's answers to the prepared data; None when it is disabled.
 
+    part: its own, where it is one of several; they have a folder each.
     Raises ConfigError naming what differs when its answers are of no use to this run.
     """
     if config.teacher.cache.mode == DISABLED:
@@ -70,23 +73,34 @@ def open_for(config: RunConfig, prepared: PreparedData) -> Cache | None:
         engine=json.dumps(run_folder.engine_identity(config, with_address=True), sort_keys=True),
         wire=teacher.wire,
     )
-    can_rescale = teacher.payload == TOPK_LOGPROBS and config.loss.tail == "renormalize"
-    cache = open_cache(folder(config), asked, teacher.cache.mode, any_temperature=can_rescale)
+    can_rescale = teacher.payload == TOPK_LOGPROBS and config.loss.tail == "renormalize" and part is None
+    path = folder(config) if part is None else folder(config) / part.name
+    cache = open_cache(path, asked, teacher.cache.mode, any_temperature=can_rescale)
     if cache.is_written:
         cluster.check_shared(cache.folder, config.train.timeout_s, "teacher.cache.path")
-    rows = int(cache.has(np.arange(manifest.num_rows)).sum())
-    logger.info("teacher cache '%s': answers to %d of %d rows", cache.folder, rows, manifest.num_rows)
+    own = rows_of(part, prepared)
+    rows = int(cache.has(np.flatnonzero(own)).sum())
+    logger.info("teacher cache '%s': answers to %d of %d rows", cache.folder, rows, own.sum())
     return cache
 
 
-def covers(cache: Cache, order: SlotOrder, start_slot: int) -> bool:
-    """Whether the cache has the answer to every row from this slot on. Looks for what others did to it meanwhile."""
+def rows_of(part: Part | None, prepared: PreparedData) -> NDArray[np.bool_]:
+    """bool [training rows]: those that a teacher answers."""
+    return np.ones(prepared.num_rows, np.bool_) if part is None else part.takes(prepared.routes())
+
+
+def covers(cache: Cache, own: NDArray[np.bool_], order: SlotOrder, start_slot: int) -> bool:
+    """Whether the cache has the answer to every one of its `rows_of` from this slot on.
+
+    Looks for what others did to it meanwhile.
+    """
     cache.refresh()
     # To the end of the next epoch, which has every row; those after it have no other.
     stop = min(order.num_slots, (start_slot // order.num_rows + 2) * order.num_rows)
     for start in range(start_slot, stop, _SLOTS_AT_A_TIME):
         row_ids = order.rows(start, min(start + _SLOTS_AT_A_TIME, stop))
-        if not cache.has(row_ids[row_ids != DUMMY_ROW]).all():
+        row_ids = row_ids[row_ids != DUMMY_ROW]
+        if not cache.has(row_ids[own[row_ids]]).all():
             return False
     return True
 
@@ -105,7 +119,7 @@ class Filled:
 
     folder: Path
     rows: int
-    """Training rows of the prepared data."""
+    """Training rows of the prepared data that the teacher answers."""
     computed: int = 0
     """Rows whose answers were computed now."""
     refused: int = 0
@@ -119,8 +133,8 @@ class Filled:
         return (self.computed + self.refused) / self.seconds if self.seconds else 0.0
 
 
-def fill(config: RunConfig, prepared: PreparedData, cache: Cache) -> Filled:
-    """Compute the answers that the cache does not have yet. Ray must be initialised.
+def fill(config: RunConfig, prepared: PreparedData, cache: Cache, part: Part | None = None) -> Filled:
+    """Compute the answers that the cache of a teacher does not have yet. Ray must be initialised.
 
     Whoever kills it loses the files that were not put yet, and the same call then ends with the same bytes: a file has
     always the same rows, but for those that were refused or were there before.
@@ -128,14 +142,15 @@ def fill(config: RunConfig, prepared: PreparedData, cache: Cache) -> Filled:
     import ray
 
     teacher, num_rows = config.teacher, prepared.num_rows
-    is_missing = ~cache.has(np.arange(num_rows))
+    own = rows_of(part, prepared)
+    is_missing = own & ~cache.has(np.arange(num_rows))
     edges = itertools.pairwise([*range(0, num_rows, teacher.cache.file_rows), num_rows])
     missing = [(start, stop) for start, stop in edges if is_missing[start:stop].any()]
     left = int(is_missing.sum())
-    filled = Filled(cache.folder, num_rows)
+    filled = Filled(cache.folder, int(own.sum()))
     if not missing:
         return filled
-    spec = EngineSpec.of(teacher, cluster.Threads.of(config).teacher)
+    spec = EngineSpec.of(teacher, cluster.Threads.of(config).of_teacher(teacher))
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.label_selector = teacher.pool.label_selector or None
@@ -143,7 +158,7 @@ def fill(config: RunConfig, prepared: PreparedData, cache: Cache) -> Filled:
         [{"start": start, "stop": stop} for start, stop in missing], override_num_blocks=min(len(missing), 1000)
     ).map_batches(
         _Filler,
-        fn_constructor_args=(spec, cache, prepared),
+        fn_constructor_args=(spec, cache, prepared, part),
         batch_size=1,
         **cluster.actor_pool(teacher.pool),
     )
@@ -167,8 +182,8 @@ def fill(config: RunConfig, prepared: PreparedData, cache: Cache) -> Filled:
 class _Filler:
     """The actor that answers the rows of one file after another."""
 
-    def __init__(self, spec: EngineSpec, cache: Cache, prepared: PreparedData) -> None:
-        self._cache, self._prepared = cache, prepared
+    def __init__(self, spec: EngineSpec, cache: Cache, prepared: PreparedData, part: Part | None) -> None:
+        self._cache, self._prepared, self._own = cache, prepared, rows_of(part, prepared)
         self._engine: Engine = spec.build()
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -176,7 +191,7 @@ class _Filler:
         cache = self._cache
         cache.refresh()  # another may be filling it too
         row_ids = np.arange(start, stop)
-        row_ids = row_ids[~cache.has(row_ids)]
+        row_ids = row_ids[self._own[row_ids] & ~cache.has(row_ids)]
         rows = schema.to_numpy(self._prepared.read_rows(row_ids).select(list(schema.PREPARED_COLUMNS)))
         answers = self._engine.annotate(rows, cache.contents.request)
         refused = [answer.reason for answer in answers if isinstance(answer, RowError)]

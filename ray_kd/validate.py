@@ -5,13 +5,15 @@ Raises ConfigError (exit code 64) with one line: the key, the value seen, the va
 
 import logging
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ray_kd import cluster, plugins, storage
-from ray_kd.config import Loss, RunConfig, Teacher
+from ray_kd.config import Loss, OneOfTeachers, RunConfig, Teacher, each_teacher
 from ray_kd.errors import ConfigError
 from ray_kd.payloads import HIDDEN_STATES, TOPK_LOGPROBS
 from ray_kd.payloads.topk_logprobs import MAX_DRAWS, WIRES
@@ -61,8 +63,43 @@ class Models:
 
 def check_settings(config: RunConfig) -> None:
     """What the config alone shows to be wrong: values, and which of them go together."""
-    _check_values(config)
+    for one, alone in each_teacher(config):
+        with _named(one):
+            _check_values(alone)
+            pool = alone.teacher.pool
+            _require(pool.max_actors >= pool.min_actors, "teacher.pool.max_actors", pool.max_actors,
+                     f"teacher.pool.min_actors={pool.min_actors} or more")  # fmt: skip
     _check_combinations(config)
+    _check_teachers(config)
+
+
+@contextmanager
+def _named(one: OneOfTeachers | None) -> Iterator[None]:
+    """Say which of several teachers a ConfigError is about."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(str(error) if one is None else f"teachers: '{one.name}': {error}") from error
+
+
+def _check_teachers(config: RunConfig) -> None:
+    """What several teachers need of each other and of the rest."""
+    if not config.teachers:
+        return
+    teacher = config.teacher
+    _require(teacher.payload == TOPK_LOGPROBS, "teacher.payload", teacher.payload, f"{TOPK_LOGPROBS} with teachers")
+    _require(teacher.selection == TOPK, "teacher.selection", teacher.selection, f"{TOPK} with teachers")
+    names = [one.name or "" for one in config.teachers]
+    for place, one in enumerate(config.teachers):
+        key = f"teachers[{place}]"
+        is_folder = re.fullmatch(r"\w[\w.-]*", names[place]) is not None
+        _require(is_folder, f"{key}.name", one.name, "letters, digits, '_', '-' and '.': a folder has that name")
+        _require(names.count(names[place]) == 1, f"{key}.name", one.name, "a name that no other teacher has")
+        _require(math.isfinite(one.weight) and one.weight > 0, f"{key}.weight", one.weight, "a positive number")
+        _require(one.rows is None or config.data.route_by is not None, f"{key}.rows", one.rows,
+                 "null as long as data.route_by names no column")  # fmt: skip
+    if config.data.route_by is not None and all(one.rows is None for one in config.teachers):
+        logger.warning("data.route_by=%s only keeps its values apart: none of teachers has rows", config.data.route_by)
 
 
 def validate(config: RunConfig) -> Models:
@@ -107,9 +144,7 @@ def _check_values(config: RunConfig) -> None:
 
 def _check_combinations(config: RunConfig) -> None:
     _require(config.run.seed < 2**32, "run.seed", config.run.seed, "0 up to below 2**32")
-    train, pool = config.train, config.teacher.pool
-    _require(pool.max_actors >= pool.min_actors, "teacher.pool.max_actors", pool.max_actors,
-             f"teacher.pool.min_actors={pool.min_actors} or more")  # fmt: skip
+    train = config.train
     unit = train.num_workers * train.micro_batch_size
     _require(train.global_batch_size % unit == 0, "train.global_batch_size", train.global_batch_size,
              f"a multiple of num_workers x micro_batch_size = {unit}")  # fmt: skip
@@ -181,17 +216,12 @@ def _check_models(config: RunConfig) -> Models:
     from ray_kd import models
 
     teacher_key = config.teacher
-    engine, _ = plugins.options("teacher.engines", teacher_key.engine, "teacher.engine")
-    _check_needs(config, engine.Engine)
-    is_evaluated_by_topk = config.eval.kl == "topk" or not engine.Engine.is_local_model
-    _require(not is_evaluated_by_topk or TOPK_LOGPROBS in engine.Engine.provides, "eval.kl", config.eval.kl,
-             f"exact with teacher.engine '{plugins.kind_of(teacher_key.engine)}', which sends no {TOPK_LOGPROBS}",
-    )  # fmt: skip
-    if not engine.Engine.is_local_model and teacher_key.dtype != Teacher.dtype:
-        kind = plugins.kind_of(teacher_key.engine)
-        logger.warning("teacher.dtype has no effect: teacher.engine '%s' loads no weights", kind)
-    needs_weights = engine.Engine.is_local_model or config.student.init is not None
-    teacher = models.check_model(teacher_key.model, teacher_key.revision, "teacher", needs_weights)
+    found = []
+    for place, (one, alone) in enumerate(each_teacher(config)):
+        with _named(one):
+            found.append(_check_teacher(alone, lends_layers=config.student.init is not None and place == 0))
+    teacher = found[0]
+    _check_same_tokens(config, found)
     student = None
     if config.student.model is not None:
         student = models.check_model(config.student.model, config.student.revision, "student")
@@ -209,11 +239,47 @@ def _check_models(config: RunConfig) -> Models:
     elif config.student.init is not None:
         _check_init(config.student.init.layers, config.student.init.select, teacher.num_hidden_layers)
     models.require_plain_head(student or teacher)  # a student made of the teacher's layers has its head
-    needs_topk = teacher_key.payload == TOPK_LOGPROBS or is_evaluated_by_topk
-    _require(not needs_topk or teacher_key.top_k <= teacher.vocab_size, "teacher.top_k", teacher_key.top_k,
-             f"at most the teacher's vocabulary of {teacher.vocab_size}")  # fmt: skip
     _check_length(config.data.sequence_length, teacher=teacher, student=student)
     return Models(teacher, student)
+
+
+def _check_teacher(config: RunConfig, lends_layers: bool) -> "PreTrainedConfig":
+    """One teacher, by the config in which it is the only one."""
+    from ray_kd import models
+
+    teacher = config.teacher
+    engine, _ = plugins.options("teacher.engines", teacher.engine, "teacher.engine")
+    _check_needs(config, engine.Engine)
+    is_evaluated_by_topk = config.eval.kl == "topk" or not engine.Engine.is_local_model
+    _require(not is_evaluated_by_topk or TOPK_LOGPROBS in engine.Engine.provides, "eval.kl", config.eval.kl,
+             f"exact with teacher.engine '{plugins.kind_of(teacher.engine)}', which sends no {TOPK_LOGPROBS}",
+    )  # fmt: skip
+    if not engine.Engine.is_local_model and teacher.dtype != Teacher.dtype:
+        kind = plugins.kind_of(teacher.engine)
+        logger.warning("teacher.dtype has no effect: teacher.engine '%s' loads no weights", kind)
+    needs_weights = engine.Engine.is_local_model or lends_layers
+    found = models.check_model(teacher.model, teacher.revision, "teacher", needs_weights)
+    needs_topk = teacher.payload == TOPK_LOGPROBS or is_evaluated_by_topk
+    _require(not needs_topk or teacher.top_k <= found.vocab_size, "teacher.top_k", teacher.top_k,
+             f"at most the teacher's vocabulary of {found.vocab_size}")  # fmt: skip
+    return found
+
+
+def _check_same_tokens(config: RunConfig, found: "Sequence[PreTrainedConfig]") -> None:
+    """Refuse teachers that mean other tokens by the same ids."""
+    from ray_kd import models
+
+    for one, model in zip(config.teachers[1:], found[1:], strict=True):
+        first = config.teachers[0]
+        if model.vocab_size != found[0].vocab_size:
+            raise ConfigError(
+                f"teachers: '{one.name}' has a vocabulary of {model.vocab_size}: allowed is that of '{first.name}', "
+                f"{found[0].vocab_size}"
+            )
+        models.compare_vocabularies(
+            models.load_tokenizer(first.model, first.revision), models.load_tokenizer(one.model, one.revision),
+            found[0].vocab_size, model.vocab_size, names=(f"teacher '{first.name}'", f"teacher '{one.name}'"),
+        )  # fmt: skip
 
 
 def _check_needs(config: RunConfig, engine: Any) -> None:

@@ -10,7 +10,7 @@ in the blocks, not indices, because the object store's byte limit is what bounds
 
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -37,13 +37,13 @@ Transform = Callable[[pa.Table], pa.Table]
 
 def ordered_rows(
     order: SlotOrder, prepared_dir: str, *, start_slot: int, block_rows: int,
-    make_transform: Callable[[], Transform] | None = None,
+    make_transforms: Sequence[Callable[[], Transform]] = (),
 ) -> Dataset:  # fmt: skip
     """The rows of slots [start_slot, num_slots) in order, in blocks of block_rows.
 
-    make_transform: called in each read task, for something to be done to its blocks where they are read.
+    make_transforms: each called in each read task, for something to be done to its blocks where they are read.
     """
-    source = _SlotWindows(order, prepared_dir, start_slot, block_rows, make_transform)
+    source = _SlotWindows(order, prepared_dir, start_slot, block_rows, make_transforms)
     rows = ray.data.read_datasource(
         source, override_num_blocks=len(source.windows), ray_remote_args={"num_cpus": READ_NUM_CPUS}
     )
@@ -82,10 +82,10 @@ class _SlotWindows(Datasource):
 
     def __init__(
         self, order: SlotOrder, prepared_dir: str, start_slot: int, block_rows: int,
-        make_transform: Callable[[], Transform] | None,
+        make_transforms: Sequence[Callable[[], Transform]],
     ) -> None:  # fmt: skip
         super().__init__()
-        self._make_transform = make_transform
+        self._make_transforms = make_transforms
         self._order, self._prepared_dir, self._block_rows = order, prepared_dir, block_rows
         slots = order.num_slots - start_slot
         window = max(_MIN_WINDOW_SLOTS, -(-slots // _MAX_WINDOWS))
@@ -103,15 +103,17 @@ class _SlotWindows(Datasource):
     def get_read_tasks(self, parallelism: int, *args: object, **kwargs: object) -> list[ReadTask]:
         """One task per window, in order; Ray's wish for parallelism was granted by override_num_blocks."""
         order, folder, block_rows = self._order, self._prepared_dir, self._block_rows
-        make_transform = self._make_transform
+        make_transforms = self._make_transforms
 
         def task(start: int, stop: int) -> ReadTask:
             def read() -> Iterator[pa.Table]:
                 prepared = PreparedData(folder)
-                transform = make_transform() if make_transform is not None else None
+                transforms = [make() for make in make_transforms]
                 for first in range(start, stop, block_rows):
                     rows = read_slots(order, prepared, first, min(first + block_rows, stop))
-                    yield rows if transform is None else transform(rows)
+                    for transform in transforms:
+                        rows = transform(rows)
+                    yield rows
 
             rows = stop - start
             return ReadTask(read, BlockMetadata(rows, self._nbytes(rows), None, None))

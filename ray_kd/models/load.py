@@ -74,8 +74,11 @@ def compare_vocabularies(
     student_tokenizer: PreTrainedTokenizerBase,
     teacher_vocab: int,
     student_vocab: int,
+    names: tuple[str, str] = ("teacher", "student"),
 ) -> list[str]:
     """Refuse a teacher and a student whose token ids mean different things; returns warnings.
+
+    names: what the two are called in the message about that.
 
     teacher_vocab, student_vocab: rows of the models' heads (`config.vocab_size`), which may exceed the tokenizers'.
     Raises ConfigError (one line, both sizes and the first tokens that differ) when an id stands for different tokens,
@@ -88,8 +91,8 @@ def compare_vocabularies(
         differing = [i for i in sorted(by_id[0].keys() | by_id[1].keys()) if by_id[0].get(i) != by_id[1].get(i)]
         shown = ", ".join(f"{i}: {by_id[0].get(i)!r} / {by_id[1].get(i)!r}" for i in differing[:3])
         raise ConfigError(
-            f"teacher and student have different vocabularies ({len(teacher)} and {len(student)} tokens;"
-            f" {len(differing)} ids differ, teacher / student {shown})"
+            f"{' and '.join(names)} have different vocabularies ({len(teacher)} and {len(student)} tokens;"
+            f" {len(differing)} ids differ, {' / '.join(names)} {shown})"
         )
     if teacher_vocab > student_vocab:
         raise ConfigError(

@@ -14,7 +14,7 @@ actor may be computing it. What had to be computed is in the cache before the bl
 
 import os
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,10 +23,11 @@ import pyarrow as pa
 from ray_kd import plugins, refusal, schema, storage
 from ray_kd.config import Teacher
 from ray_kd.errors import RetryableError
-from ray_kd.payloads import TOPK_LOGPROBS
+from ray_kd.payloads import TOPK_LOGPROBS, TopKLogprobs
 from ray_kd.teacher.cache import Cache, cut
-from ray_kd.teacher.engine import Engine, Request, RowError
+from ray_kd.teacher.engine import Engine, Request, RowError, Stats
 from ray_kd.teacher.journal import Journal
+from ray_kd.teacher.mixture import Part
 
 
 @dataclass(frozen=True)
@@ -84,14 +85,16 @@ class TeacherStage:
     once, else for the first row that is not there.
     spec None: there is no engine, and a row that is not in the cache raises RetryableError.
     top_k: tokens a position that the student asked for, where the request, and so the cache, may have more.
+    part: this teacher's, where there are several. The stages of those before it may have added to the rows.
     """
 
     def __init__(
         self, spec: EngineSpec | None, request: Request, run_dir: str, wire: str = "plain",
-        cache: Cache | None = None, top_k: int | None = None,
+        cache: Cache | None = None, top_k: int | None = None, part: Part | None = None,
     ) -> None:  # fmt: skip
-        self._spec, self._request, self._wire, self._cache = spec, request, wire, cache
+        self._spec, self._request, self._wire, self._cache, self._part = spec, request, wire, cache, part
         is_topk = request.kind == TOPK_LOGPROBS
+        self._top_k = request.top_k if top_k is None else top_k
         self._cuts_to = top_k if is_topk and top_k is not None and top_k < request.top_k else None
         self._folder = storage.path(run_dir)
         self._built: Engine | None = None
@@ -99,14 +102,19 @@ class TeacherStage:
             self._engine()
         with refusal.reported(self._folder), storage.store_errors():
             self._journal = Journal(self._folder)
+        self._stopped = time.perf_counter()
 
     def __call__(self, block: pa.Table) -> pa.Table:
         start = time.perf_counter()
-        columns = schema.to_numpy(block.select([schema.SLOT, schema.WEIGHT, schema.ROW_ID]))
+        idle_s = start - self._stopped
+        before = replace(self._stats())
+        block = block if schema.TEACHER_PAYLOAD in block.column_names else _unanswered(block)
+        columns = schema.to_numpy(block.select([schema.SLOT, schema.WEIGHT, schema.ROW_ID, schema.TEACHER_BUSY_S]))
         slots, row_ids, weight = columns[schema.SLOT], columns[schema.ROW_ID], columns[schema.WEIGHT].copy()
-        wanted = np.flatnonzero(weight > 0)
+        routes = self._routes(block)
+        wanted = np.flatnonzero((weight > 0) & (True if self._part is None else self._part.takes(routes)))
         payloads: list[bytes] = [b""] * block.num_rows
-        errors = [""] * block.num_rows
+        errors = block.column(schema.TEACHER_ERROR).to_pylist()
         asked = self._look_up(row_ids, wanted, payloads)
         answers: list[Any] = []
         if len(asked):
@@ -118,23 +126,64 @@ class TeacherStage:
         assert len(answers) == len(asked), f"engine answered {len(answers)} of {len(asked)} rows"
         for place, answer in zip(asked, answers, strict=True):
             if isinstance(answer, RowError):
-                weight[place], errors[place] = 0.0, answer.reason
+                weight[place], errors[place] = 0.0, self._named(answer.reason)
             else:
                 payloads[place] = answer.encode(self._wire)
         self._keep(row_ids, [place for place in asked if payloads[place]], payloads)
         if self._cuts_to is not None:
             payloads = [cut(payload, self._cuts_to, self._wire) if payload else payload for payload in payloads]
+        known = block.column(schema.TEACHER_PAYLOAD).to_pylist()
+        payloads = [
+            self._sum(route, so_far, own) if own else so_far
+            for route, so_far, own in zip(routes, known, payloads, strict=True)
+        ]
 
-        busy_s = time.perf_counter() - start
+        self._stopped = time.perf_counter()
+        busy_s = self._stopped - start
         self._journal.add(
-            {"slots": [int(slots[i]) for i in asked], "cached": len(wanted) - len(asked), "time": time.time(),
-             "busy_s": round(busy_s, 6), "pid": os.getpid()}
-        )  # fmt: skip
-        share = np.full(block.num_rows, busy_s / block.num_rows, dtype=np.float32)
-        block = block.set_column(block.schema.get_field_index(schema.WEIGHT), schema.WEIGHT, pa.array(weight))
-        block = block.append_column(schema.TEACHER_PAYLOAD, pa.array(payloads, type=pa.binary()))
-        block = block.append_column(schema.TEACHER_BUSY_S, pa.array(share))
-        return block.append_column(schema.TEACHER_ERROR, pa.array(errors, type=pa.string()))
+            {
+                "teacher": "" if self._part is None else self._part.name,
+                "node": os.uname().nodename,
+                "pid": os.getpid(),
+                "time": time.time(),
+                "slots": [int(slots[i]) for i in asked],
+                "cached": len(wanted) - len(asked),
+                "busy_s": round(busy_s, 6),
+                "idle_s": round(idle_s, 6),
+                **{name: value - getattr(before, name) for name, value in asdict(self._stats()).items()},
+            }
+        )
+        busy = columns[schema.TEACHER_BUSY_S] + np.float32(busy_s / block.num_rows)
+        return _with_columns(
+            block,
+            {
+                schema.WEIGHT: pa.array(weight),
+                schema.TEACHER_PAYLOAD: pa.array(payloads, type=pa.binary()),
+                schema.TEACHER_BUSY_S: pa.array(busy),
+                schema.TEACHER_ERROR: pa.array(errors, type=pa.string()),
+            },
+        )
+
+    def _stats(self) -> Stats:
+        return getattr(self._built, "stats", None) or Stats()  # an engine of a third party may have none
+
+    def _routes(self, block: pa.Table) -> np.ndarray:
+        if self._part is None:
+            return np.zeros(block.num_rows, dtype=np.int32)
+        routes: np.ndarray = schema.to_numpy(block.select([schema.ROUTE]))[schema.ROUTE]
+        return routes
+
+    def _named(self, reason: str) -> str:
+        return reason if self._part is None else f"teacher '{self._part.name}': {reason}"
+
+    def _sum(self, route: int, so_far: bytes, own: bytes) -> bytes:
+        """The payload of a row: this teacher's, or its part and that of those before it."""
+        part = self._part
+        if part is None or (part.shares[route] == 1.0 and part.width == self._top_k):
+            return own
+        known = TopKLogprobs.decode(so_far) if so_far else None
+        # The grid of compact is for the last step alone.
+        return part.add(route, known, TopKLogprobs.decode(own)).encode(self._wire if part.is_last[route] else "plain")
 
     def _engine(self) -> Engine:
         if self._built is None:
@@ -156,6 +205,27 @@ class TeacherStage:
     def _keep(self, row_ids: np.ndarray, places: list[int], payloads: list[bytes]) -> None:
         if self._cache is not None and self._cache.is_written and places:
             self._cache.add(row_ids[places].tolist(), [payloads[place] for place in places])
+
+
+def _unanswered(block: pa.Table) -> pa.Table:
+    """With the columns that the stages of teachers fill in."""
+    count = block.num_rows
+    return _with_columns(
+        block,
+        {
+            schema.TEACHER_PAYLOAD: pa.array([b""] * count, type=pa.binary()),
+            schema.TEACHER_BUSY_S: pa.array(np.zeros(count, np.float32)),
+            schema.TEACHER_ERROR: pa.array([""] * count, type=pa.string()),
+        },
+    )
+
+
+def _with_columns(block: pa.Table, columns: dict[str, pa.Array]) -> pa.Table:
+    """The table with these columns in place of those of their names, or behind the others."""
+    for name, values in columns.items():
+        place = block.schema.get_field_index(name)
+        block = block.append_column(name, values) if place < 0 else block.set_column(place, name, values)
+    return block
 
 
 def _prepared(block: pa.Table, places: np.ndarray) -> dict[str, np.ndarray]:
