@@ -49,6 +49,20 @@ class RowError:
     """One line, for quarantine.jsonl."""
 
 
+@dataclass
+class Stats:
+    """What an engine has done since it was built; it only grows. tokens / places is how full its batches were."""
+
+    tokens: int = 0
+    """Tokens that the model had to read: of each row with a target those up to and including its last one, of an engine
+    that asks document by document those of its prompts."""
+    places: int = 0
+    """Token places of the forwards that were made, padding included. As many as tokens where a server or vLLM packs its
+    own batches and does not say how."""
+    retries: int = 0
+    """Requests made again."""
+
+
 class Engine(Protocol):
     """The teacher's side of the contract; `tests/contract/test_engines.py` runs over every engine on disk."""
 
@@ -60,6 +74,8 @@ class Engine(Protocol):
     """Whether it answers at any temperature, or at 1 alone."""
     is_local_model: bool
     """Whether its answers are those of the model folder itself, so that evaluation may load it for the exact KL."""
+    stats: Stats
+    """Counted when a call of `annotate` has its answers; retries as they happen."""
 
     def annotate(self, rows: Rows, request: Request) -> list[Any]:
         """One payload (`ray_kd.payloads`) or RowError per row, in order.
@@ -83,6 +99,11 @@ def batches(rows: Rows, batch_size: int) -> Iterator[Rows]:
     """The rows in order, at most batch_size at a time."""
     for start in range(0, rows_in(rows), batch_size):
         yield {name: np.asarray(column)[start : start + batch_size] for name, column in rows.items()}
+
+
+def needed_lengths(targets: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Tokens of each row [B] that its targets [B, T] can depend on: up to and including the last of them, else 0."""
+    return (targets * np.arange(1, targets.shape[1] + 1)).max(axis=1, initial=0)
 
 
 def not_finite(logprobs: NDArray[np.floating]) -> RowError | None:

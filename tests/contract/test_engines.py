@@ -1,5 +1,6 @@
 """Every engine on disk answers rows as `teacher/engine.py` says. What an engine needs to be built is in `CASES`."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 
 from ray_kd import models, plugins, schema
 from ray_kd.payloads import HIDDEN_STATES, TOPK_LOGPROBS, HiddenStates, TopKLogprobs
-from ray_kd.teacher.engine import Request, RowError, check_request
+from ray_kd.teacher.engine import Request, RowError, Stats, check_request, needed_lengths
 from tests.tiny import VOCAB_SIZE, tiny_llama
 
 T, ROWS = 20, 5
@@ -183,6 +184,22 @@ def test_draws_depend_on_seed_row_and_position_alone(kind, model_path, rows) -> 
 
 
 @pytest.mark.parametrize("kind", CASES)
+def test_stats_grow_by_the_tokens_that_the_answers_needed(kind, model_path, rows) -> None:
+    engine = build(kind, model_path)
+    assert engine.stats == Stats(0, 0, 0)
+    expected = (ROWS - 1) * 14  # the documents have 15 tokens, and nothing follows the last; row 3 has no target
+    for call in (1, 2):
+        engine.annotate(rows, Request(top_k=4))
+        assert engine.stats.tokens == call * expected
+        assert engine.stats.tokens <= engine.stats.places <= call * ROWS * T
+        assert engine.stats.retries == 0
+    before = replace(engine.stats)
+    engine.annotate({name: column[3:4] for name, column in rows.items()}, Request(top_k=4))
+    engine.annotate({name: column[:0] for name, column in rows.items()}, Request(top_k=4))
+    assert engine.stats == before
+
+
+@pytest.mark.parametrize("kind", CASES)
 def test_no_rows_and_closing_twice_are_harmless(kind, model_path, rows) -> None:
     engine = build(kind, model_path)
     assert engine.annotate({name: column[:0] for name, column in rows.items()}, Request(top_k=4)) == []
@@ -218,6 +235,12 @@ def test_fake_can_fail_and_be_slow(model_path, rows) -> None:
     with pytest.raises(RuntimeError, match="told to fail at row 102"):
         build("fake", model_path, fail_row_ids=[102]).annotate(rows, Request(top_k=4))
     assert len(build("fake", model_path, delay_s=0.001).annotate(rows, Request(top_k=4))) == ROWS
+
+
+def test_a_row_is_needed_up_to_its_last_target() -> None:
+    targets = np.array([[1, 0, 0, 0], [0, 1, 1, 0], [0, 0, 0, 0], [0, 0, 0, 1]], np.bool_)
+    assert needed_lengths(targets).tolist() == [1, 3, 0, 4]
+    assert needed_lengths(targets[:0]).tolist() == []
 
 
 def test_check_request_accepts_the_edges() -> None:

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import aiohttp
 
 from ray_kd.errors import ConfigError
+from ray_kd.teacher.engine import Stats
 from ray_kd.teacher.engines._prompt_logprobs import UnusableReply, decode
 
 logger = logging.getLogger(__name__)
@@ -54,12 +55,13 @@ class Limits:
 class Client:
     """Connections to one server, kept open; lives in one event loop."""
 
-    def __init__(self, url: str, limits: Limits, api_key_env: str | None, key: str) -> None:
-        """key: what `read_key` found in the environment variable api_key_env, "" for none."""
+    def __init__(self, url: str, limits: Limits, api_key_env: str | None, key: str, stats: Stats) -> None:
+        """key: what `read_key` found in the environment variable api_key_env, "" for none. stats: gets the retries."""
         self.url = url
         self._limits = limits
         self._api_key_env = api_key_env
         self._key = key
+        self._stats = stats
         self._random = random.Random()  # of its own: training draws from the global one
         self._session = aiohttp.ClientSession(
             headers={"Accept-Encoding": "gzip, deflate", "Content-Type": "application/json"}
@@ -92,6 +94,7 @@ class Client:
             if spent_s + wait_s >= limits.deadline_s or num_tries > limits.max_retries:
                 break
             await asyncio.sleep(wait_s)
+            self._stats.retries += 1  # requests under way share one thread, and none is awaited here
         raise GaveUp(
             f"the teacher's server {self.url} gave no usable answer in {spent_s:.1f} s and {num_tries} "
             f"{'try' if num_tries == 1 else 'tries'}; the last: {failure}",

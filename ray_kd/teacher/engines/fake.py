@@ -14,7 +14,17 @@ from ray_kd import schema
 from ray_kd.payloads import TOPK_LOGPROBS
 from ray_kd.payloads.topk_logprobs import TopKLogprobs
 from ray_kd.teacher import draws
-from ray_kd.teacher.engine import SAMPLE, SELECTIONS, Request, RowError, Rows, check_request, rows_in
+from ray_kd.teacher.engine import (
+    SAMPLE,
+    SELECTIONS,
+    Request,
+    RowError,
+    Rows,
+    Stats,
+    check_request,
+    needed_lengths,
+    rows_in,
+)
 
 
 @dataclass
@@ -51,6 +61,7 @@ class Engine:
         device: str = "cpu",
         batch_size: int = 4,
     ) -> None:
+        self.stats = Stats()
         self._config = config
 
     def annotate(self, rows: Rows, request: Request) -> list[TopKLogprobs | RowError]:
@@ -79,6 +90,9 @@ class Engine:
             ids = np.argsort(-logprobs, axis=-1, kind="stable")[:, : request.top_k]
             chosen = np.take_along_axis(logprobs, ids, axis=-1).astype(np.float32)
             answers.append(TopKLogprobs(ids, chosen, request.temperature, config.vocab_size))
+        num_tokens = int(needed_lengths(targets).sum())
+        self.stats.tokens += num_tokens
+        self.stats.places += num_tokens
         return answers
 
     def logprobs(self, tokens: NDArray[np.integer], temperature: float = 1.0) -> NDArray[np.float64]:

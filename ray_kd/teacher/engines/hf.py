@@ -10,7 +10,18 @@ from ray_kd import schema
 from ray_kd.models import check_architecture, decoder_hidden, head_of, load_causal_lm
 from ray_kd.payloads import HIDDEN_STATES, TOPK_LOGPROBS, HiddenStates, TopKLogprobs
 from ray_kd.teacher import draws
-from ray_kd.teacher.engine import SAMPLE, SELECTIONS, Request, RowError, Rows, batches, check_request, not_finite
+from ray_kd.teacher.engine import (
+    SAMPLE,
+    SELECTIONS,
+    Request,
+    RowError,
+    Rows,
+    Stats,
+    batches,
+    check_request,
+    needed_lengths,
+    not_finite,
+)
 from ray_kd.teacher.sample import sample_tokens
 from ray_kd.teacher.topk import topk_logprobs
 
@@ -44,6 +55,7 @@ class Engine:
         batch_size: int = 4,
     ) -> None:
         """Raises ConfigError when the model cannot be loaded or does not keep packed documents apart."""
+        self.stats = Stats()
         self._model = load_causal_lm(model, revision, dtype, device)
         check_architecture(self._model)
         self._head = head_of(self._model)
@@ -109,6 +121,8 @@ class Engine:
             torch.tensor(rows[schema.INPUT_IDS], device=weight.device),
             torch.tensor(rows[schema.POSITION_IDS], device=weight.device),
         )
+        self.stats.tokens += int(needed_lengths(targets).sum())
+        self.stats.places += targets.size
         return hidden[torch.from_numpy(targets).to(weight.device)]
 
 

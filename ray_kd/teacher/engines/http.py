@@ -34,7 +34,7 @@ from ray_kd import models
 from ray_kd.errors import ConfigError, RetryableError
 from ray_kd.payloads import TOPK_LOGPROBS, TopKLogprobs
 from ray_kd.teacher.documents import Document, DocumentAnswer, documents, payloads
-from ray_kd.teacher.engine import TOPK, Request, RowError, Rows, check_request
+from ray_kd.teacher.engine import TOPK, Request, RowError, Rows, Stats, check_request
 from ray_kd.teacher.engines._http_client import Client, GaveUp, Limits, read_key
 from ray_kd.teacher.engines._prompt_logprobs import PROTOCOLS, UnusableReply
 
@@ -104,6 +104,7 @@ class Engine:
 
         Raises ConfigError when the model's config.json or the key cannot be found.
         """
+        self.stats = Stats()
         self._config = config
         self._protocol = PROTOCOLS[config.protocol]
         self._batch_size = batch_size if self._protocol.takes_batches else 1
@@ -125,6 +126,9 @@ class Engine:
         if asked:
             self._runner = self._runner or asyncio.Runner()
             answers = self._runner.run(self._answer_all(asked, request.top_k))
+        num_tokens = sum(len(document.prompt) for document in asked)
+        self.stats.tokens += num_tokens
+        self.stats.places += num_tokens  # those of the server's batches are not known here
         return payloads(rows, asked, answers, request.top_k, self._vocab_size)
 
     def close(self) -> None:
@@ -168,6 +172,7 @@ class Engine:
                 raise
             if len(asked) == 1:
                 return [error]
+        self.stats.retries += len(asked)
         return [answer for one in asked for answer in await self._answer(client, [one], top_k, slots)]
 
     def _connect(self) -> Client:
@@ -175,7 +180,7 @@ class Engine:
         limits = Limits(
             config.max_concurrency, config.timeout_s, config.deadline_s, config.max_retries, config.backoff_s
         )
-        return Client(config.url.rstrip("/").removesuffix("/v1"), limits, config.api_key_env, self._key)
+        return Client(config.url.rstrip("/").removesuffix("/v1"), limits, config.api_key_env, self._key, self.stats)
 
     def _choose_model(self, reply: Any) -> str:
         """The name of the model in the reply of /v1/models."""

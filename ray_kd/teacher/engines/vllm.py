@@ -24,7 +24,7 @@ from ray_kd.models import check_model, local_folder
 from ray_kd.payloads import TOPK_LOGPROBS, TopKLogprobs
 from ray_kd.plugins import nearest
 from ray_kd.teacher.documents import Document, DocumentAnswer, documents, payloads
-from ray_kd.teacher.engine import TOPK, Request, RowError, Rows, batches, check_request
+from ray_kd.teacher.engine import TOPK, Request, RowError, Rows, Stats, batches, check_request
 
 _MAX_NUM_SEQS = 256
 _CPU_KV_CACHE_BYTES = 1 << 30
@@ -125,6 +125,7 @@ class Engine:
             self._llm: Any = vllm.LLM(**given, **config.options)
         except (OSError, ValueError) as error:
             raise ConfigError(f"vLLM cannot load model '{model}': {' '.join(str(error).split())}") from error
+        self.stats = Stats()
         self._sampling_params = vllm.SamplingParams
         self._vocab_size = int(model_config.vocab_size)
         self._batch_size = batch_size
@@ -150,6 +151,8 @@ class Engine:
                 found[place] = self._ask([asked[place]], params)[0]
             if any(is_broken):
                 self._llm.collective_rpc("zero_kv_cache")
+            self.stats.tokens += sum(len(document.prompt) - 1 for document in asked)
+            self.stats.retries += sum(is_broken)
             answers.extend(payloads(batch, asked, found, request.top_k, self._vocab_size))
         return answers
 
@@ -157,6 +160,7 @@ class Engine:
         """Without the token that the last target predicts: what follows the prompt is said by the generated one."""
         prompts = [{"prompt_token_ids": document.prompt[:-1].tolist()} for document in asked]
         outputs = self._llm.generate(prompts, params, use_tqdm=False) if prompts else []
+        self.stats.places += sum(len(prompt["prompt_token_ids"]) for prompt in prompts)
         return [
             answer(output.prompt_logprobs, output.outputs[0].logprobs, document, params.logprobs)
             for output, document in zip(outputs, asked, strict=True)

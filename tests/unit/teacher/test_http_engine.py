@@ -19,7 +19,7 @@ from ray_kd import plugins, refusal, schema
 from ray_kd.errors import ConfigError, RetryableError
 from ray_kd.payloads import TopKLogprobs
 from ray_kd.teacher.documents import Document, documents
-from ray_kd.teacher.engine import Request, RowError
+from ray_kd.teacher.engine import Request, RowError, Stats
 from ray_kd.teacher.engines import fake
 from ray_kd.teacher.engines._http_client import seconds
 from ray_kd.teacher.engines._prompt_logprobs import PROTOCOLS, UnusableReply, decode
@@ -186,6 +186,29 @@ def test_it_answers_from_another_thread(build):
     thread.join()
     assert_right(answers)
     assert_right(ask(engine))
+
+
+def test_stats_are_of_the_prompts_and_the_tries_after_the_first(build, server):
+    engine = build(batch_size=16)
+    num_tokens = sum(len(document.prompt) for document in documents(ROWS))
+    ask(engine)
+    assert engine.stats == Stats(num_tokens, num_tokens, 0)
+    server.fault = lambda number, prompts: Fault(500) if number == 1 else None
+    ask(engine)
+    assert engine.stats == Stats(2 * num_tokens, 2 * num_tokens, 1)
+    # Three retries of all documents together, then one request for each, and three more for the one that fails.
+    server.fault = lambda number, prompts: Fault(500) if of_row(1)(prompts) else None
+    assert_right(ask(engine), wrong_rows=(1,))
+    assert engine.stats == Stats(3 * num_tokens, 3 * num_tokens, 1 + 3 + NUM_DOCUMENTS + 3)
+
+
+def test_tries_of_a_call_that_fails_count_too(build, server):
+    engine = build(max_concurrency=8)
+    server.fault = lambda number, prompts: Fault(503)
+    with pytest.raises(RetryableError):
+        ask(engine)
+    assert engine.stats.tokens == 0
+    assert engine.stats.retries == num_asked(server) - NUM_DOCUMENTS > 0
 
 
 def without_a_position(reply):
