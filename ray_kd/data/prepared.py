@@ -34,7 +34,7 @@ V = TypeVar("V")
 
 
 def arrow_schema(sequence_length: int) -> pa.Schema:
-    """The columns of a prepared file: row_id int64, three int32 [T] lists of fixed size, num_target_bytes int32."""
+    """Columns of a prepared file: row_id int64, three int32 [T] lists of fixed size, two int32 numbers."""
     tokens = pa.list_(pa.field("element", pa.int32(), nullable=False), sequence_length)
     return pa.schema(
         [
@@ -42,6 +42,7 @@ def arrow_schema(sequence_length: int) -> pa.Schema:
             pa.field(schema.INPUT_IDS, tokens, nullable=False),
             pa.field(schema.LABELS, tokens, nullable=False),
             pa.field(schema.POSITION_IDS, tokens, nullable=False),
+            pa.field(schema.ROUTE, pa.int32(), nullable=False),
             pa.field(NUM_TARGET_BYTES, pa.int32(), nullable=False),
         ]
     )
