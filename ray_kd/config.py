@@ -38,6 +38,8 @@ class Data:
     """Held-out records, same schema and format as source; at most one of eval_source and eval_fraction."""
     eval_fraction: float = 0.0
     """Fraction of documents held out for evaluation, chosen by document hash (duplicates stay on one side)."""
+    route_by: str | None = None
+    """Record column whose value decides which of `teachers` answers; documents of different values share no row."""
     sequence_length: int = 512
     """Tokens in a packed row; longer documents are split and counted."""
     prepared_dir: str | None = None

@@ -31,7 +31,7 @@ LOG = "driver.log"
 
 _IDENTITY_KEYS = (
     "run.seed",
-    "data.source", "data.format", "data.eval_source", "data.eval_fraction", "data.sequence_length",
+    "data.source", "data.format", "data.eval_source", "data.eval_fraction", "data.route_by", "data.sequence_length",
     "teacher.model", "teacher.revision", "teacher.engine", "teacher.payload", "teacher.top_k", "teacher.selection",
     "teacher.dtype", "teacher.wire", "teachers",
     "eval.max_rows", "eval.kl",
@@ -52,7 +52,10 @@ _FREE_OPTIONS = {
 }  # fmt: skip
 """Kind of engine -> options that say where and how it is asked: a server may move while a run stands still."""
 
-_IMPLIED = {"teacher.payload": "topk_logprobs", "teacher.selection": "topk", "teacher.wire": "plain", "teachers": None}
+_IMPLIED = {
+    "data.route_by": None, "teacher.payload": "topk_logprobs", "teacher.selection": "topk", "teacher.wire": "plain",
+    "teachers": None,
+}  # fmt: skip
 """What runs did before these keys existed."""
 
 _CONTENT_KEYS = {"data.source", "data.eval_source", "teacher.model", "teachers.model", "student.model"}

@@ -10,8 +10,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-SCHEMA_VERSION = 1
-"""Part of the prepared data's fingerprint: a change here prepares everything again."""
+SCHEMA_VERSION = 2
+"""Part of the prepared data's fingerprint: a change here prepares everything again. 2: rows have a route."""
 
 IGNORED_LABEL = -100
 
@@ -21,6 +21,8 @@ INPUT_IDS = "input_ids"  # int32 [T]
 LABELS = "labels"  # int32 [T], unshifted: labels[t] is input_ids[t] or -100
 POSITION_IDS = "position_ids"  # int32 [T], restarts at 0 with each packed document; padding is a document of its own
 PREPARED_COLUMNS = (ROW_ID, INPUT_IDS, LABELS, POSITION_IDS)
+"""What an engine gets; the rows on disk and in the stream have ROUTE besides, which decides whose engine that is."""
+ROUTE = "route"  # int32: index of the row's value of data.route_by in the manifest's `routes`; 0 without route_by
 
 # Added by the ordered stream
 SLOT = "slot"  # int64: the row's place in the run

@@ -50,6 +50,8 @@ def write_prepared(folder: Path, num_rows: int, length: int = 16, vocab: int = 2
             "eval_rows": eval_rows,
             "files": [files["train"]],
             "eval_files": [files["eval"]] if eval_rows else [],
+            "routes": [],
+            "route_rows": [],
             "max_targets_per_row": length - 1,
         }
     )
@@ -62,9 +64,10 @@ def _write(path: Path, num_rows: int, length: int, vocab: int, seed: int) -> Pre
     arrays = [pa.array(np.arange(num_rows))]
     for name in (schema.INPUT_IDS, schema.LABELS, schema.POSITION_IDS):
         arrays.append(pa.FixedSizeListArray.from_arrays(pa.array(columns[name].reshape(-1)), length))
+    arrays.append(pa.array(np.zeros(num_rows, np.int32)))
     arrays.append(pa.array(np.full(num_rows, length, np.int32)))
     target = arrow_schema(length)
     table = pa.table({field.name: array.cast(field.type) for field, array in zip(target, arrays, strict=True)})
-    assert table.column_names[-1] == NUM_TARGET_BYTES
+    assert table.column_names[-2:] == [schema.ROUTE, NUM_TARGET_BYTES]
     pq.write_table(table.cast(target), path, row_group_size=ROWS_PER_GROUP)
     return PreparedFile(path.name, num_rows, path.stat().st_size, sha256_of(path))

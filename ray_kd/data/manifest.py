@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,10 @@ class Manifest:
     files: list[PreparedFile]
     """Training files in row order."""
     eval_files: list[PreparedFile]
+    routes: list[str]
+    """Values of data.route_by in the rows, train or eval, sorted: a row's `route` is an index. Empty without it."""
+    route_rows: list[int]
+    """Training rows of each route: 0 where only eval rows have it."""
     num_tokens: int
     """Non-padding input tokens of the training rows, the repeated ones of split documents included."""
     target_tokens: int
@@ -117,7 +122,7 @@ def is_intact(folder: str | Path, fingerprint: str) -> bool:
 
 
 def report(manifest: Manifest) -> str:
-    """Two to four lines for people: rows and tokens, what happened to documents, what to look at."""
+    """Two to five lines for people: rows and tokens, what happened to documents, what to look at."""
     m = manifest
     lines = [
         f"prepared data {m.fingerprint[:16]}: {m.num_rows:,} rows of {m.sequence_length} tokens, "
@@ -125,6 +130,10 @@ def report(manifest: Manifest) -> str:
         f"documents: {m.documents:,} train, {m.split_documents:,} split, {m.dropped_tokens:,} tokens dropped; "
         f"{m.quarantined:,} of {m.records_read:,} records quarantined ({m.bad_fraction:.2%})",
     ]
+    if m.routes:
+        rows = ", ".join(f"{route} {count:,} rows" for route, count in zip(m.routes, m.route_rows, strict=True))
+        # One line whatever the values are: a column that was taken by mistake may have thousands, or long texts.
+        lines.append(textwrap.shorten(f"routes: {rows}", 300, placeholder=" ..."))
     if m.eval_rows:
         lines.append(f"eval: {m.eval_documents:,} documents, {m.eval_rows:,} rows, {m.eval_target_tokens:,} targets")
     if m.duplicates or m.near_duplicates_train_eval:

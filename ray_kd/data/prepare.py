@@ -2,7 +2,7 @@
 
 Runs in the driver. Two Ray Data passes of one operator each: shards become parts (tokenise, pack), parts become files
 (shuffle). Data that is there already is found by its fingerprint and no Ray work is started.
-The driver holds 16 bytes a row and 16 bytes a document, never the data; the disk holds the rows twice for a while.
+The driver holds 24 bytes a row and 16 bytes a document, never the data; the disk holds the rows twice for a while.
 """
 
 import json
@@ -81,18 +81,20 @@ def _make(plan: Plan, folder: Path, listed: Path, config: configuration.Data, nu
     storage.make_folder(parts_folder(folder))
     shards = [(index, is_eval, shard) for index, (is_eval, shard) in enumerate(plan.shards)]
     results = _map(partial(_run_shard, task=plan.task, folder=str(folder)), shards, num_blocks)
-    counts = sum((Counter(result.counts) for result in results), Counter())
+    counts = sum((result.counts for result in results), Counter[str]())
     bad_files = [bad_path(folder, index) for index in range(len(results))]
     _join(bad_files, folder / QUARANTINE_NAME)
     _join(bad_files, listed)
     _check_bad(counts["quarantined"], counts["records_read"], config.max_bad_fraction, listed)
     _check_sides(counts, config)
+    # Only now is it known which routes there are: the shards' parts name them, the files have their indices.
+    routes = sorted({route for result in results for rows in result.route_rows.values() for route in rows})
     files: list[FilePlan] = []
     for side in SIDES:
-        files += plan_files(side, [result.counts[f"{side}_rows"] for result in results], plan.task.seed)
+        files += plan_files(side, [result.route_rows[side] for result in results], routes, plan.task.seed)
     written = _map(partial(write_file, folder=str(folder), length=config.sequence_length), files, num_blocks)
     storage.remove(parts_folder(folder))
-    manifest = _manifest(plan, counts, results, files, written)
+    manifest = _manifest(plan, counts, results, routes if plan.task.route_by is not None else [], files, written)
     storage.write_text(folder / MANIFEST_NAME, manifest.to_json())
 
 
@@ -100,6 +102,7 @@ def _manifest(
     plan: Plan,
     counts: Counter[str],
     results: Sequence[ShardResult],
+    routes: list[str],
     files: Sequence[FilePlan],
     written: Sequence[FileResult],
 ) -> Manifest:
@@ -119,6 +122,8 @@ def _manifest(
         eval_rows=counts["eval_rows"],
         files=entries["train"],
         eval_files=entries["eval"],
+        routes=routes,
+        route_rows=[sum(result.route_rows["train"].get(route, 0) for result in results) for route in routes],
         num_tokens=counts["train_tokens"],
         target_tokens=sum(done.target_tokens for _, done in by_side["train"]),
         target_bytes=sum(done.target_bytes for _, done in by_side["train"]),

@@ -34,7 +34,7 @@ V = TypeVar("V")
 
 
 def arrow_schema(sequence_length: int) -> pa.Schema:
-    """The columns of a prepared file: row_id int64, three int32 [T] lists of fixed size, num_target_bytes int32."""
+    """Columns of a prepared file: row_id int64, three int32 [T] lists of fixed size, two int32 numbers."""
     tokens = pa.list_(pa.field("element", pa.int32(), nullable=False), sequence_length)
     return pa.schema(
         [
@@ -42,6 +42,7 @@ def arrow_schema(sequence_length: int) -> pa.Schema:
             pa.field(schema.INPUT_IDS, tokens, nullable=False),
             pa.field(schema.LABELS, tokens, nullable=False),
             pa.field(schema.POSITION_IDS, tokens, nullable=False),
+            pa.field(schema.ROUTE, pa.int32(), nullable=False),
             pa.field(NUM_TARGET_BYTES, pa.int32(), nullable=False),
         ]
     )
@@ -92,6 +93,13 @@ class PreparedData:
         if np.array_equal(by_group, np.arange(ids.size)):
             return pa.concat_tables(pieces)
         return pa.concat_tables(pieces).take(pa.array(np.argsort(by_group)))
+
+    def routes(self) -> NDArray[np.int32]:
+        """[training rows]: the route of each, by row_id."""
+        if not self.manifest.routes:
+            return np.zeros(self.num_rows, np.int32)
+        columns = [pq.read_table(self._local(file.name), columns=[schema.ROUTE]) for file in self.manifest.files]
+        return schema.to_numpy(pa.concat_tables(columns))[schema.ROUTE]
 
     def read_eval(self, max_rows: int = 0) -> dict[str, NDArray[np.integer]]:
         """The first max_rows eval rows (0: all) as arrays: int32 [n, T], numbers [n]; n = 0 without eval data.

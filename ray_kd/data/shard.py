@@ -1,6 +1,7 @@
 """One shard: records -> segments -> tokens -> packed rows in a file of its own. What a preparation task runs.
 
-Knows no Ray. A shard's rows depend on the shard alone, so they are the same on any number of CPUs.
+Knows no Ray. A shard's rows depend on the shard alone, so they are the same on any number of CPUs. The documents of
+each route are packed for themselves, which leaves the last rows of each route of each shard partly empty.
 Costs: the shard's texts and tokens in memory; 12 bytes a token on disk until the rows are shuffled.
 """
 
@@ -39,6 +40,7 @@ class Task:
     """{kind, ...}, with absolute paths."""
     eval_source: dict[str, Any] | None
     format: dict[str, Any]
+    route_by: str | None
     tokenizer_path: str
     revision: str | None
     sequence_length: int
@@ -50,7 +52,8 @@ class Task:
 class _Side:
     """The documents of a shard that are trained on, or held out."""
 
-    documents: list[Document] = field(default_factory=list)
+    documents: dict[str, list[Document]] = field(default_factory=dict)
+    """By route, which is "" where nothing is routed."""
     hashes: list[int] = field(default_factory=list)
     sketches: list[int] = field(default_factory=list)
 
@@ -59,7 +62,9 @@ class _Side:
 class ShardResult:
     """Counts of one shard; rows, tokens and documents under "train" and "eval", what is of both beside them."""
 
-    counts: dict[str, int]
+    counts: Counter[str]
+    route_rows: dict[str, dict[str, int]]
+    """By side, route -> its rows, in the order they stand in the part; all are of the route "" without route_by."""
     hashes: dict[str, NDArray[np.uint64]]
     """By side, [documents]: `text_hash` of each document."""
     sketches: dict[str, NDArray[np.uint64]]
@@ -83,23 +88,27 @@ def prepare_shard(index: int, is_eval: bool, shard: dict[str, Any], task: Task, 
     records = source.read(shard)
     while batch := list(islice(records, BATCH_RECORDS)):
         counts["records_read"] += len(batch)
-        for usable in _usable(batch, form, tokenizer):
+        for usable in _usable(batch, task.route_by, form, tokenizer):
             if isinstance(usable, BadRecord):
                 bad.append(usable)
                 continue
-            document, text = usable
+            route, document, text = usable
             text_hash = hash_text(text)
             held_out = is_eval or is_held_out(text_hash, task.seed, task.eval_fraction)
             side = sides["eval" if held_out else "train"]
-            side.documents.append(document)
+            side.documents.setdefault(route, []).append(document)
             side.hashes.append(text_hash)
             side.sketches.append(sketch(document))
-    for name, side in sides.items():
-        _write_rows(part_path(folder, name, index), name, side, task, tokenizing.pad_id(tokenizer), counts)
+    pad_id = tokenizing.pad_id(tokenizer)
+    route_rows = {
+        name: _write_rows(part_path(folder, name, index), name, side, task, pad_id, counts)
+        for name, side in sides.items()
+    }
     _write_bad(bad_path(folder, index), bad)
     counts["quarantined"] = len(bad)
     return ShardResult(
-        dict(counts),
+        counts,
+        route_rows,
         {name: np.array(side.hashes, dtype=np.uint64) for name, side in sides.items()},
         {name: np.array(side.sketches, dtype=np.uint64) for name, side in sides.items()},
     )
@@ -168,32 +177,51 @@ def mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def _usable(
-    batch: Sequence[Record | BadRecord], form: Any, tokenizer: Any
-) -> Iterator[tuple[Document, str] | BadRecord]:
-    """Per record, in order, its document and text, or why it is quarantined."""
-    segmented = [record if isinstance(record, BadRecord) else _segment(record, form, tokenizer) for record in batch]
-    encoded = iter(tokenizing.encode([item for item in segmented if not isinstance(item, BadRecord)], tokenizer))
+    batch: Sequence[Record | BadRecord], route_by: str | None, form: Any, tokenizer: Any
+) -> Iterator[tuple[str, Document, str] | BadRecord]:
+    """Per record, in order, its route, document and text, or why it is quarantined."""
+    segmented = [
+        record if isinstance(record, BadRecord) else _segment(record, route_by, form, tokenizer) for record in batch
+    ]
+    encoded = iter(tokenizing.encode([item[1] for item in segmented if not isinstance(item, BadRecord)], tokenizer))
     for record, item in zip(batch, segmented, strict=True):
         if isinstance(item, BadRecord):
             yield item
             continue
         assert isinstance(record, Record)
+        route, segments = item
         document = next(encoded)
         if has_target(document):
-            yield document, "".join(segment.text for segment in item)
+            yield route, document, "".join(segment.text for segment in segments)
         else:
             yield _refuse(record, "nothing to train on: no token is a target")
 
 
-def _segment(record: Record, form: Any, tokenizer: Any) -> list[Segment] | BadRecord:
+def _segment(record: Record, route_by: str | None, form: Any, tokenizer: Any) -> tuple[str, list[Segment]] | BadRecord:
+    """A record's route and its document in segments."""
     try:
+        route = "" if route_by is None else _route(record.data.get(route_by), route_by)
         segments = list(form.segments(record.data, tokenizer))
-        tokenizing.check_unicode(segments)
+        tokenizing.check_unicode([*segments, Segment(route, is_trained=False)])
     except RayKDError:
         raise  # a ConfigError is a ValueError too, but it is not about this record
     except ValueError as error:
         return _refuse(record, str(error))
-    return segments
+    return route, segments
+
+
+def _route(value: Any, column: str) -> str:
+    """The text of a route, so that true of JSON and of a table is the same one, and "7" the same as 7."""
+    match value:
+        case str():
+            return value
+        case bool():
+            return str(value).lower()
+        case int():
+            return str(value)
+        case None:
+            raise ValueError(f"column '{column}' of data.route_by is missing or null")
+    raise ValueError(f"column '{column}' of data.route_by is {type(value).__name__}: allowed is str, int, bool")
 
 
 def _refuse(record: Record, reason: str) -> BadRecord:
@@ -201,17 +229,24 @@ def _refuse(record: Record, reason: str) -> BadRecord:
     return BadRecord(record.file, record.line, excerpt(reason), excerpt(shown))
 
 
-def _write_rows(path: Path, name: str, side: _Side, task: Task, pad_id: int, counts: Counter[str]) -> None:
-    pieces = cut(side.documents, task.sequence_length)
-    rows = pack(pieces.pieces, task.sequence_length, pad_id)
-    counts[f"{name}_documents"] = len(side.documents)
-    counts[f"{name}_rows"] = len(rows.input_ids)
-    counts[f"{name}_tokens"] = sum(len(piece.input_ids) for piece in pieces.pieces)
-    counts["split_documents"] += pieces.split_documents
-    counts["repeated_tokens"] += pieces.repeated_tokens
-    counts["dropped_tokens"] += pieces.dropped_tokens
-    columns = [rows.input_ids, rows.labels, rows.position_ids, rows.num_target_bytes[:, None]]
-    _replace(path, [np.concatenate(columns, axis=1).tobytes()])
+def _write_rows(path: Path, name: str, side: _Side, task: Task, pad_id: int, counts: Counter[str]) -> dict[str, int]:
+    """Write a side's rows, one route after the other. Returns the rows of each, in that order."""
+    route_rows: dict[str, int] = {}
+    chunks = []
+    for route, documents in sorted(side.documents.items()):
+        pieces = cut(documents, task.sequence_length)
+        rows = pack(pieces.pieces, task.sequence_length, pad_id)
+        route_rows[route] = len(rows.input_ids)
+        counts[f"{name}_documents"] += len(documents)
+        counts[f"{name}_rows"] += len(rows.input_ids)
+        counts[f"{name}_tokens"] += sum(len(piece.input_ids) for piece in pieces.pieces)
+        counts["split_documents"] += pieces.split_documents
+        counts["repeated_tokens"] += pieces.repeated_tokens
+        counts["dropped_tokens"] += pieces.dropped_tokens
+        columns = [rows.input_ids, rows.labels, rows.position_ids, rows.num_target_bytes[:, None]]
+        chunks.append(np.concatenate(columns, axis=1).tobytes())
+    _replace(path, chunks)
+    return route_rows
 
 
 def _write_bad(path: Path, bad: Iterable[BadRecord]) -> None:

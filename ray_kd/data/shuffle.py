@@ -30,6 +30,8 @@ class FilePlan:
     """[rows]"""
     rows: NDArray[np.int32]
     """[rows]"""
+    routes: NDArray[np.int32]
+    """[rows]: the index of each row's route."""
 
     @property
     def name(self) -> str:
@@ -48,10 +50,17 @@ class FileResult:
     max_targets: int
 
 
-def plan_files(side: str, rows_of_part: Sequence[int], seed: int) -> list[FilePlan]:
-    """Files of ROWS_PER_FILE rows (the last has the rest) with all rows of all parts, shuffled. 16 bytes a row."""
-    counts = np.array(rows_of_part, dtype=np.int64)
+def plan_files(side: str, parts_rows: Sequence[Mapping[str, int]], routes: Sequence[str], seed: int) -> list[FilePlan]:
+    """Files of ROWS_PER_FILE rows (the last has the rest) with all rows of all parts, shuffled. 24 bytes a row.
+
+    parts_rows: per part, route -> its rows, in the order they stand there. routes: all of them, in order of index.
+    """
+    counts = np.array([sum(rows.values()) for rows in parts_rows], dtype=np.int64)
     starts = np.cumsum(counts) - counts
+    index_of = {route: index for index, route in enumerate(routes)}
+    stretches = [(index_of[route], count) for rows in parts_rows for route, count in rows.items()]
+    indices, lengths = np.array(stretches, dtype=np.int32).reshape(-1, 2).T
+    route_of_row = np.repeat(indices, lengths)
     stream = hashlib.blake2b(f"{side}:{seed}".encode(), digest_size=8).digest()
     keys = np.arange(counts.sum(), dtype=np.uint64) + np.frombuffer(stream, dtype="<u8")
     order = np.argsort(mix(keys))  # mix is a bijection: no ties
@@ -59,7 +68,8 @@ def plan_files(side: str, rows_of_part: Sequence[int], seed: int) -> list[FilePl
     for number, first in enumerate(range(0, len(order), ROWS_PER_FILE)):
         wanted = order[first : first + ROWS_PER_FILE]
         parts = np.searchsorted(starts + counts, wanted, side="right")
-        plans.append(FilePlan(side, number, parts.astype(np.int32), (wanted - starts[parts]).astype(np.int32)))
+        rows = (wanted - starts[parts]).astype(np.int32)
+        plans.append(FilePlan(side, number, parts.astype(np.int32), rows, route_of_row[wanted]))
     return plans
 
 
@@ -82,7 +92,8 @@ def _write(plan: FilePlan, parts: Mapping[int, Path], path: Path, length: int) -
             input_ids, labels, position_ids = (values[:, i * length : (i + 1) * length] for i in range(3))
             num_target_bytes = values[:, -1]
             row_ids = plan.number * ROWS_PER_FILE + start + np.arange(len(values))
-            columns: list[NDArray[np.integer]] = [row_ids, input_ids, labels, position_ids, num_target_bytes]
+            routes = plan.routes[chosen]
+            columns: list[NDArray[np.integer]] = [row_ids, input_ids, labels, position_ids, routes, num_target_bytes]
             writer.write_table(_table(columns, length), row_group_size=ROWS_PER_GROUP)
             targets = schema.target_positions(labels, position_ids).sum(axis=1)
             target_tokens += int(targets.sum())

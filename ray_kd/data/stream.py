@@ -51,10 +51,13 @@ def ordered_rows(
 
 
 def read_slots(order: SlotOrder, prepared: PreparedData, start: int, stop: int) -> pa.Table:
-    """The rows of slots [start, stop) with `slot` and `weight`; dummies are row 0 with every label ignored."""
+    """The rows of slots [start, stop) with `slot` and `weight`; dummies are row 0 with every label ignored.
+
+    Columns: PREPARED_COLUMNS, route, slot, weight. A dummy keeps the route of row 0.
+    """
     row_ids = order.rows(start, stop)
     is_dummy = row_ids == DUMMY_ROW
-    table = prepared.read_rows(np.where(is_dummy, 0, row_ids)).select(list(schema.PREPARED_COLUMNS))
+    table = prepared.read_rows(np.where(is_dummy, 0, row_ids)).select([*schema.PREPARED_COLUMNS, schema.ROUTE])
     if is_dummy.any():
         labels = schema.to_numpy(table.select([schema.LABELS]))[schema.LABELS].copy()
         labels[is_dummy] = schema.IGNORED_LABEL

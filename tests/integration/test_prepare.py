@@ -1,7 +1,9 @@
 """Preparation on a real Ray: the same bytes on any number of tasks, found again, and refused by name."""
 
+import dataclasses
 import json
 import logging
+import re
 
 import numpy as np
 import pytest
@@ -103,6 +105,56 @@ def test_an_eval_source_is_kept_apart_and_compared(workplace, tmp_path, caplog):
     assert (manifest.documents, manifest.eval_documents) == (50, 15)
     assert manifest.near_duplicates_train_eval == 5
     assert "5 of 15 eval documents resemble" in caplog.text
+
+
+def test_each_route_has_rows_of_its_own_on_both_sides(workplace, tmp_path):
+    values = {"train": ["maths", "chat", True], "eval": ["maths", "chat", True, "only eval"]}
+    written_as = {"maths": "maths", "chat": "chat", True: "true", "only eval": "only eval"}
+    route_of = {}
+    for first, (name, domains) in enumerate(values.items()):
+        lines = []
+        for number in range(1000 * first, 1000 * first + 200):
+            domain = domains[number % len(domains)]
+            route_of[number] = written_as[domain]
+            lines.append(json.dumps(conversation(number) | {"domain": domain}))
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    given = data(
+        tmp_path / "train.jsonl", eval_source={"kind": "jsonl", "paths": [str(tmp_path / "eval.jsonl")]},
+        route_by="domain", sequence_length=512,
+    )  # fmt: skip
+    tokenizer = str(workplace / "tokenizer")
+    one = prepare(given, tokenizer, None, 0, tmp_path / "one", num_blocks=1)
+    assert bytes_of(one) == bytes_of(prepare(given, tokenizer, None, 0, tmp_path / "many", num_blocks=2))
+
+    assert one.manifest.routes == ["chat", "maths", "only eval", "true"]
+    sides = [schema.to_numpy(one.read_rows(np.arange(one.num_rows))), one.read_eval()]
+    assert one.manifest.route_rows == np.bincount(sides[0][schema.ROUTE], minlength=4).tolist()
+    assert one.manifest.route_rows[2] == 0
+    numbers = set()
+    for columns in sides:
+        for ids, route in zip(columns[schema.INPUT_IDS], columns[schema.ROUTE], strict=True):
+            said = {int(number) for number in re.findall(r"(\d+)\.", tiny_tokenizer().decode(ids))}
+            assert {route_of[number] for number in said} == {one.manifest.routes[route]}
+            numbers |= said
+    assert numbers == set(route_of)
+
+    plain = prepare(dataclasses.replace(given, route_by=None), tokenizer, None, 0, tmp_path / "plain")
+    assert (plain.manifest.routes, plain.manifest.route_rows) == ([], [])
+    assert plain.num_rows <= one.num_rows
+    assert not plain.read_rows(np.arange(plain.num_rows))[schema.ROUTE].to_numpy().any()
+
+
+@pytest.mark.parametrize("source", ["jsonl", "text"])
+def test_a_route_that_no_record_has_is_one_line(workplace, tmp_path, source):
+    (tmp_path / "lines").write_text("\n".join(json.dumps({"text": f"line {n}"}) for n in range(3)))
+    given = config.Data(
+        source={"kind": source, "paths": [str(tmp_path / "lines")]}, format={"kind": "text"}, route_by="domain"
+    )
+    with pytest.raises(
+        DataError,
+        match=r"^3 of 3 records .* first, .*lines:1: column 'domain' of data\.route_by is missing or null; .*l$",
+    ):
+        prepare(given, str(workplace / "tokenizer"), None, 0, tmp_path / "out")
 
 
 def test_too_many_bad_records_are_listed_and_refused(workplace, tmp_path):

@@ -42,11 +42,12 @@ def folder(tmp_path, load):
 def test_a_run_from_before_payloads_sent_the_top_k(folder, load):
     """Its run.json lacks the key, and what it did is known all the same."""
     document = json.loads((folder / "run.json").read_text())
-    for key in ("teacher.payload", "teacher.wire", "teacher.selection", "eval.kl"):
+    for key in ("data.route_by", "teacher.payload", "teacher.wire", "teacher.selection", "eval.kl"):
         del document["settings"][key]
     (folder / "run.json").write_text(json.dumps(document))
     run_folder.check_identity(folder, load("eval.kl=topk"))  # nobody knows
-    for override in ("teacher.payload=hidden_states", "teacher.wire=compact", "teacher.selection=sample"):
+    overrides = ("teacher.payload=hidden_states", "teacher.wire=compact", "teacher.selection=sample")
+    for override in (*overrides, "data.route_by=domain"):
         with pytest.raises(ConfigError, match=f"its {override.split('=')[0]} is "):
             run_folder.check_identity(folder, load(override))
 
@@ -68,6 +69,7 @@ IDENTITY = [
     "run.seed=1",
     "data.format=text",
     "data.eval_fraction=0.1",
+    "data.route_by=domain",
     "data.sequence_length=64",
     "teacher.revision=v2",
     "teacher.engine=fake",

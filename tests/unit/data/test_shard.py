@@ -1,5 +1,6 @@
 """One shard from records to a file of rows, without Ray: quarantine, splits, the eval side; then shuffled and read."""
 
+import dataclasses
 import json
 import os
 import pickle
@@ -15,12 +16,14 @@ import pytest
 from ray_kd import config, schema, storage
 from ray_kd.data.files import SHARD_RECORDS
 from ray_kd.data.manifest import MANIFEST_NAME, Manifest, PreparedFile, is_intact, report
+from ray_kd.data.order import SlotOrder
 from ray_kd.data.packing import has_target
 from ray_kd.data.plan import plan_preparation
 from ray_kd.data.prepared import NUM_TARGET_BYTES, ROWS_PER_FILE, ROWS_PER_GROUP, PreparedData, arrow_schema
 from ray_kd.data.records import Document
 from ray_kd.data.shard import bad_path, hash_text, is_held_out, part_path, prepare_shard, sketch
 from ray_kd.data.shuffle import plan_files, write_file
+from ray_kd.data.stream import read_slots
 from ray_kd.errors import ConfigError, DataError, RetryableError
 from tests.tiny import tiny_tokenizer
 
@@ -97,6 +100,22 @@ def test_a_tokenizer_that_cannot_serve_the_format_stops_everything(data, tmp_pat
         run(data({"messages": []}, format={"kind": "messages"}), str(tmp_path / "plain"), tmp_path)
 
 
+def test_routes_are_text_and_records_without_one_are_refused(data, tokenizer_path, tmp_path):
+    values = ["b", True, 7, "true", "7", " b", 1.5, None, ["b"], {"b": 1}, "\ud800"]
+    records = [{"text": f"document {n}", "domain": value} for n, value in enumerate(values)] + [{"text": "no domain"}]
+    result = run(data(*records, route_by="domain"), tokenizer_path, tmp_path)
+    assert result.route_rows == {"train": {" b": 1, "7": 1, "b": 1, "true": 1}, "eval": {}}
+    of_column = "column 'domain' of data.route_by is"
+    assert [(r["line"], r["reason"]) for r in quarantined(tmp_path)] == [
+        (7, f"{of_column} float: allowed is str, int, bool"),
+        (8, f"{of_column} missing or null"),
+        (9, f"{of_column} list: allowed is str, int, bool"),
+        (10, f"{of_column} dict: allowed is str, int, bool"),
+        (11, r"text holds a lone surrogate '\ud800'"),
+        (12, f"{of_column} missing or null"),
+    ]
+
+
 def test_long_documents_are_split_and_counted(data, tokenizer_path, tmp_path):
     result = run(data({"text": "x" * 100}, {"text": "short"}), tokenizer_path, tmp_path)
     assert result.counts["split_documents"] == 1
@@ -149,13 +168,14 @@ def written(data, tokenizer_path, folder):
     plan = plan_preparation(data, tokenizer_path, None, seed=0)
     storage.make_folder(folder / "parts")
     results = [prepare_shard(i, *s, plan.task, str(folder)) for i, s in enumerate(plan.shards)]
-    files = plan_files("train", [result.counts["train_rows"] for result in results], seed=0)
+    routes = sorted({route for result in results for route in result.route_rows["train"]})
+    files = plan_files("train", [result.route_rows["train"] for result in results], routes, seed=0)
     done = [write_file(file, str(folder), T) for file in files]
     numbers = {name: 0 for name, f in Manifest.__dataclass_fields__.items() if f.type in (int, float)}
     manifest = Manifest(**numbers | {
         "fingerprint": plan.fingerprint, "sequence_length": T, "num_rows": sum(d.rows for d in done),
         "files": [PreparedFile(f.name, d.rows, d.nbytes, d.sha256) for f, d in zip(files, done, strict=True)],
-        "eval_files": [],
+        "eval_files": [], "routes": routes, "route_rows": [],
     })  # fmt: skip
     storage.write_text(folder / MANIFEST_NAME, manifest.to_json())
     return PreparedData(folder), done
@@ -222,7 +242,8 @@ def test_many_rows_are_shuffled_into_files_of_one_size(tmp_path):
         rows[:, 2 * length : 3 * length] = np.arange(length)
         rows.tofile(part_path(tmp_path, "train", index))
         first += count
-    files = plan_files("train", counts, seed=3)
+    of_parts = [{"a": count // 3, "b": count - count // 3} for count in counts]
+    files = plan_files("train", of_parts, ["a", "b"], seed=3)
     done = [write_file(file, str(tmp_path), length) for file in files]
     assert [file.rows for file in done] == [ROWS_PER_FILE, sum(counts) - ROWS_PER_FILE]
     assert {file.max_targets for file in done} == {length - 1}
@@ -232,9 +253,33 @@ def test_many_rows_are_shuffled_into_files_of_one_size(tmp_path):
     came_from = columns[schema.INPUT_IDS][:, 0]
     assert sorted(came_from) == list(range(sum(counts)))
     assert abs(np.corrcoef(came_from, np.arange(sum(counts)))[0, 1]) < 0.03
+    is_b = np.concatenate([np.arange(count) >= count // 3 for count in counts])
+    np.testing.assert_array_equal(columns[schema.ROUTE], is_b[came_from])
     assert pq.ParquetFile(tmp_path / files[0].name).metadata.row_group(0).num_rows == ROWS_PER_GROUP
-    again = plan_files("train", counts, seed=4)
+    again = plan_files("train", of_parts, ["a", "b"], seed=4)
     assert not np.array_equal(again[0].rows, files[0].rows)
+
+
+def test_documents_of_different_routes_share_no_row(tokenizer_path, tmp_path):
+    domains = ["c", "b"] * (SHARD_RECORDS // 2) + ["a", "c"] * 50  # so that an index in a shard is none in the data
+    lines = [json.dumps({"text": f"{domain} {n}", "domain": domain}) for n, domain in enumerate(domains)]
+    (tmp_path / "data.jsonl").write_text("\n".join(lines))
+    source = {"kind": "jsonl", "paths": [str(tmp_path / "data.jsonl")]}
+    given = config.Data(source=source, format={"kind": "text"}, sequence_length=T, route_by="domain")
+    rows, _ = written(given, tokenizer_path, tmp_path / "out")
+    columns = schema.to_numpy(rows.read_rows(np.arange(rows.num_rows)))
+    assert columns[schema.ROUTE].dtype == np.int32
+    found = []
+    for ids, route in zip(columns[schema.INPUT_IDS], columns[schema.ROUTE], strict=True):
+        said = re.findall(r"([abc]) (\d+)", tiny_tokenizer().decode(ids))
+        assert {domain for domain, _ in said} == {"abc"[route]}
+        found += [int(number) for _, number in said]
+    assert sorted(found) == list(range(len(domains)))
+
+    order = SlotOrder(rows.num_rows, global_batch_size=rows.num_rows + 3, epochs=1, max_steps=None, seed=0)
+    slots = schema.to_numpy(read_slots(order, rows, 0, order.num_slots))
+    row_ids = np.maximum(slots[schema.ROW_ID], 0)  # dummies are row 0
+    np.testing.assert_array_equal(slots[schema.ROUTE], columns[schema.ROUTE][row_ids])
 
 
 def test_target_bytes_are_those_of_the_decoded_targets(prepared):
@@ -299,8 +344,9 @@ def test_the_fingerprint_follows_what_determines_the_rows(data, tokenizer_path):
         fingerprint(eval_fraction=0.1),
         fingerprint(format={"kind": "text", "column": "b"}),
         fingerprint(format={"kind": "messages"}),
+        fingerprint(route_by="domain"),
     ]
-    assert len({first, *changed}) == 6
+    assert len({first, *changed}) == 7
 
 
 @pytest.mark.parametrize(
@@ -316,5 +362,12 @@ def test_settings_out_of_range_are_config_errors(data, tokenizer_path, settings,
         plan_preparation(data({"text": "a"}, **settings), tokenizer_path, None, 0)
 
 
-def test_the_report_is_two_to_four_lines(prepared):
-    assert 2 <= len(report(prepared[0].manifest).splitlines()) <= 4
+def test_the_report_is_a_few_lines_whatever_the_routes_are(prepared):
+    manifest = dataclasses.replace(prepared[0].manifest, routes=[], route_rows=[])
+    assert 2 <= len(report(manifest).splitlines()) <= 4
+    routed = dataclasses.replace(manifest, routes=["chat", "maths"], route_rows=[1200, 0])
+    assert report(routed).splitlines()[2] == "routes: chat 1,200 rows, maths 0 rows"
+    routed = dataclasses.replace(manifest, routes=[f"a\n{n}" for n in range(1000)], route_rows=[1] * 1000)
+    line = report(routed).splitlines()[2]
+    assert re.fullmatch(r"routes: a 0 1 rows, a 1 1 rows, .* \.\.\.", line)
+    assert len(line) <= 300
