@@ -42,8 +42,7 @@ class Demand:
             num_cpus=train.num_workers * train.cpus_per_worker
             + sum(pool.max_actors * (pool.num_cpus + _READ_CPUS) for pool in pools)
             + _REPARTITION_CPUS,
-            num_gpus=train.num_workers * train.gpus_per_worker
-            + sum(pool.max_actors * pool.num_gpus for pool in pools),
+            num_gpus=train.num_workers * train.gpus_per_worker + sum(pool.max_actors * pool.num_gpus for pool in pools),
         )
 
 

@@ -326,7 +326,8 @@ def _make_absolute(config: RunConfig) -> None:
             paths = source["paths"]
             paths = [paths] if isinstance(paths, str) else paths  # one path is a list of one
             source["paths"] = [_absolute(path) if isinstance(path, str) else path for path in paths]
-    for model in (config.teacher, *config.teachers, config.student):
+    models: list[TeacherModel | Student] = [config.teacher, *config.teachers, config.student]
+    for model in models:
         # A hub id has the form of a relative path: what exists here, or begins like a path, is one.
         if model.model is not None and (Path(model.model).exists() or model.model.startswith((".", "~"))):
             model.model = _absolute(model.model)
@@ -402,11 +403,11 @@ def _merge(base: DictConfig, update: DictConfig, where: str) -> DictConfig:
 
 def _merge_into_list(merged: DictConfig, update: DictConfig, where: str) -> None:
     """teachers.INDEX.KEY=VALUE."""
-    for index, of_one in update.items():
-        places = [str(place) for place in range(len(merged.teachers))]
-        if str(index) not in places:
+    places = {str(place): place for place in range(len(merged.teachers))}
+    for index in map(str, update):
+        if index not in places:
             raise ConfigError(f"{where}: teachers has no entry {index}; allowed: {', '.join(places) or 'it is empty'}")
-        merged.teachers[int(str(index))] = _merge(merged.teachers[int(str(index))], of_one, where)
+        merged.teachers[places[index]] = _merge(merged.teachers[places[index]], update[index], where)
 
 
 def _known_keys() -> list[str]:

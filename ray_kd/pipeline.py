@@ -168,8 +168,8 @@ def _content(config: RunConfig, plan: "Plan") -> dict[str, str]:
     }
     if config.student.model is not None:
         content["student weights"] = model_identity(config.student.model, config.student.revision)
-    for one in config.teachers[1:]:
-        content[f"weights of teacher {one.name}"] = model_identity(one.model, one.revision)
+    for place, one in enumerate(config.teachers[1:], start=1):
+        content[f"weights of teachers[{place}]"] = model_identity(one.model, one.revision)
     return content
 
 

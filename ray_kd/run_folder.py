@@ -102,7 +102,7 @@ def identity(config: RunConfig) -> dict[str, Any]:
 
 def _identity_of(one: OneOfTeachers | None, alone: RunConfig) -> dict[str, Any]:
     assert one is not None
-    names = ("name", "weight", "rows", "revision", "dtype")
+    names = ("weight", "rows", "revision", "dtype")
     return {name: getattr(one, name) for name in names} | {"engine": engine_identity(alone)}
 
 

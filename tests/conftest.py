@@ -80,7 +80,8 @@ class Jobs:
         self.student = tiny_llama(folder / "student", layers=2, seed=2)
         self.data = folder / "train.jsonl"
         lines = [{"messages": [{"role": "user", "content": f"say {i} twice"},
-                               {"role": "assistant", "content": f"{i} and again {i}, " * (1 + i % 3)}]}
+                               {"role": "assistant", "content": f"{i} and again {i}, " * (1 + i % 3)}],
+                  "parity": "odd" if i % 2 else "even"}
                  for i in range(60)]  # fmt: skip
         self.data.write_text("".join(json.dumps(line) + "\n" for line in lines))
 

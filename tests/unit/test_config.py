@@ -124,6 +124,40 @@ def test_the_resolved_config_loads_back_to_itself(minimal, tmp_path):
     assert config.load(tmp_path / "again.yaml") == loaded
 
 
+TEACHERS = "teachers=[{model: org/big, batch_size: 2}, {model: org/code, weight: 3, rows: [py], name: coder}]"
+
+
+def test_each_of_several_teachers_is_a_config_of_its_own(minimal, tmp_path):
+    loaded = config.load(minimal, ["teacher.model=org/big", TEACHERS, "teacher.top_k=8", "teachers.0.pool.num_cpus=2"])
+    (one, first), (two, second) = config.each_teacher(loaded)
+    assert (one.name, two.name, two.rows) == ("big", "coder", ["py"])
+    assert (first.teacher.model, first.teacher.batch_size, first.teacher.pool.num_cpus) == ("org/big", 2, 2)
+    assert (second.teacher.model, second.teacher.batch_size, second.teacher.pool.num_cpus) == ("org/code", 4, 0.5)
+    assert first.teacher.top_k == second.teacher.top_k == 8
+    assert first.teachers == []
+    assert loaded.teacher == first.teacher, "the first stands for all"
+    (tmp_path / "again.yaml").write_text(config.to_yaml(loaded))
+    assert config.load(tmp_path / "again.yaml") == loaded
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["teacher.batch_size=3"], "teacher.batch_size and teachers are both set: set batch_size in each of teachers"),
+        (["teacher.model=org/other"], "teacher.model and teachers are both set"),
+        (["teachers=[{weight: 1}]"], r"teachers\[0\].model is missing"),
+        (["teachers.2.weight=1"], "teachers has no entry 2; allowed: 0, 1"),
+        (["teachers.1.wieght=1"], r"unknown key 'teachers\[1\].wieght'.*did you mean"),
+        (["teachers.1.weight=much"], r"teachers\[1\].weight in override"),
+        (["teachers=3"], "allowed is a list"),
+    ],
+)
+def test_what_is_wrong_about_teachers_is_one_line(minimal, overrides, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        config.load(minimal, ["teacher.model=org/big", TEACHERS, *overrides])
+    assert "\n" not in str(caught.value)
+
+
 def test_secrets_are_masked(minimal):
     loaded = config.load(minimal)
     loaded.data.source = {"kind": "jsonl", "paths": ["a"], "api_key": "s3cret"}

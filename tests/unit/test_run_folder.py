@@ -136,9 +136,27 @@ BY_CONTENT = ["data.source", "data.eval_source", "teacher.model", "student.model
 def test_every_key_is_identity_or_free_or_compared_by_content():
     """A new key of the config has to be put into one of the lists."""
     listed = {override.split("=")[0] for override in IDENTITY + FREE} | set(BY_CONTENT)
-    listed |= {"run.dir", "teacher.pool", "teacher.cache"}  # with every key below them
+    listed |= {"run.dir", "teacher.pool", "teacher.cache", "teachers", "teachers[]"}  # with every key below them
     keys = [key for key, _ in config.describe()]
     assert [key for key in keys if key not in listed and key.rpartition(".")[0] not in listed] == []
+
+
+def test_of_several_teachers_all_but_names_pools_and_paths_is_identity(tmp_path, load):
+    def config_of(**second):
+        teachers = json.dumps([{"model": "teacher"}, {"model": "other", "weight": 2.0} | second])
+        return load(f"teachers={teachers}")
+
+    run_folder.create(tmp_path / "run")
+    run_folder.record(tmp_path / "run", config_of(), CONTENT)
+    for free in ({"name": "moved"}, {"model": "moved"}, {"pool": {"max_actors": 3}}, {"batch_size": 1}):
+        run_folder.check_identity(tmp_path / "run", config_of(**free))
+    assert run_folder.has_moved(tmp_path / "run", config_of(model="moved"))
+    assert not run_folder.has_moved(tmp_path / "run", config_of())
+    for fixed in ({"weight": 1.0}, {"rows": ["a"]}, {"dtype": "bfloat16"}, {"engine": "vllm"}, {"revision": "v2"}):
+        with pytest.raises(ConfigError, match="holds another run: its teachers is "):
+            run_folder.check_identity(tmp_path / "run", config_of(**fixed))
+    with pytest.raises(ConfigError, match="holds another run: its teachers is "):
+        run_folder.check_identity(tmp_path / "run", load())
 
 
 @pytest.mark.parametrize("override", IDENTITY)

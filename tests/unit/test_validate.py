@@ -1,5 +1,6 @@
 """Validation as functions: the combinations that pass, what is only warned about, and the range of every number."""
 
+import json
 import logging
 import shutil
 
@@ -64,6 +65,57 @@ def test_a_student_of_the_teachers_layers_passes(load, warnings, layers):
 def test_a_setting_without_effect_is_one_warning(load, warnings, override, reason):
     validate(load(override))
     assert warnings() == [f"{override.split('=')[0]} has no effect: {reason}"]
+
+
+def several(workplace, *others, **second):
+    """The override with the workplace's teacher first and a second one."""
+    model = {"model": f"{workplace}/teacher"}
+    return f"teachers={json.dumps([model, model | {'name': 'two'} | second, *others])}"
+
+
+def test_several_teachers_pass_in_silence(load, workplace, warnings):
+    validate(load(several(workplace, engine={"kind": "http", "url": "http://127.0.0.1:1"})))
+    validate(load(several(workplace, rows=["code"]), "data.route_by=domain"))
+    assert warnings() == []
+    validate(load(several(workplace), "data.route_by=domain"))
+    assert warnings() == ["data.route_by=domain only keeps its values apart: none of teachers has rows"]
+
+
+@pytest.mark.parametrize(
+    ("second", "overrides", "message"),
+    [
+        ({"name": "teacher"}, [], r"teachers\[0\].name is 'teacher': allowed is a name that no other teacher has"),
+        ({"name": "a/b"}, [], r"teachers\[1\].name is 'a/b': allowed is letters"),
+        ({"weight": 0}, [], r"teachers\[1\].weight is 0.0: allowed is a positive number"),
+        ({"rows": ["code"]}, [], r"teachers\[1\].rows is \['code'\]: allowed is null as long as data.route_by"),
+        ({"dtype": "int8"}, [], "teachers: 'two': teacher.dtype is 'int8': allowed is auto"),
+        ({"pool": {"min_actors": 3}}, [], "teachers: 'two': teacher.pool.max_actors is 1: allowed is"),
+        ({"engine": {"kind": "none"}}, [], "unknown kind 'none'"),
+        ({"engine": "vllm"}, ["loss.temperature=2"], "teachers: 'two': loss.temperature is 2.0.*'hf'.* would do"),
+        ({"model": "/no/such"}, [], "'/no/such'"),
+        ({}, ["teacher.payload=hidden_states"], "teacher.payload is 'hidden_states': allowed is topk_logprobs with"),
+        (
+            {},
+            ["teacher.selection=sample", "loss.tail=drop"],
+            "teacher.selection is 'sample': allowed is topk with teachers",
+        ),
+    ],
+)
+def test_what_several_teachers_cannot_be_is_one_line(load, workplace, second, overrides, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        validate(load(several(workplace, **second), *overrides))
+    assert "\n" not in str(caught.value)
+
+
+def test_teachers_mean_the_same_tokens(load, workplace, tmp_path):
+    tiny_llama(tmp_path / "wide", layers=1, vocab=300)
+    with pytest.raises(ConfigError, match="'two' has a vocabulary of 300: allowed is that of 'teacher', 259"):
+        validate(load(several(workplace, model=str(tmp_path / "wide"))))
+    shutil.copytree(workplace / "teacher", tmp_path / "renamed")
+    tokenizer = tmp_path / "renamed" / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text().replace('"a":', '"§":'))
+    with pytest.raises(ConfigError, match="teacher 'teacher' and teacher 'two' have different vocabularies"):
+        validate(load(several(workplace, model=str(tmp_path / "renamed"))))
 
 
 def test_a_teacher_on_a_server_needs_no_weights_here(load, workplace, tmp_path, warnings):

@@ -326,7 +326,9 @@ def test_covered_means_every_row_from_the_slot_on(tmp_path, num_rows):
         rows = [row for row in range(num_rows) if row != missing]
         cache.add(rows, [b"-"] * len(rows))
         for start in range(0, order.num_slots, 4):
-            assert covers(cache, order, start) == (missing not in order.rows(start, order.num_slots))
+            assert covers(cache, np.ones(num_rows, bool), order, start) == (
+                missing not in order.rows(start, order.num_slots)
+            )
 
 
 def test_a_cache_that_is_only_read_stays_as_it_is(tmp_path):
