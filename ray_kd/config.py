@@ -88,6 +88,9 @@ class Teacher:
     """topk: the most likely tokens | sample: top_k draws from the teacher, unbiased (forward_kl with tail drop)."""
     batch_size: int = 4
     """Rows per teacher forward; caps the engine's sub-batches, does not change any result."""
+    batch_tokens: int | None = None
+    """Tokens per teacher forward at most, padding included, rows being sorted by length; in place of batch_size. For
+    the engine hf: vllm has max_num_batched_tokens of its own, and http leaves batches to the server."""
     dtype: str = "auto"
     """Weights' type: auto (as saved) | float32 | bfloat16 | float16."""
     wire: str = "plain"

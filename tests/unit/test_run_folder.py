@@ -100,6 +100,7 @@ FREE = [
     "data.license=MIT",
     "data.max_bad_fraction=0.5",
     "teacher.batch_size=2",
+    "teacher.batch_tokens=2048",
     "teacher.run_ahead_rows=8",
     "teacher.threads=1",
     "teacher.pool.max_actors=3",

@@ -66,6 +66,17 @@ def test_a_setting_without_effect_is_one_warning(load, warnings, override, reaso
     assert warnings() == [f"{override.split('=')[0]} has no effect: {reason}"]
 
 
+@pytest.mark.parametrize(
+    ("engine", "takes_it"), [("hf", True), ("fake", False), ("vllm", False), ("{kind: http, url: http://h}", False)]
+)
+def test_tokens_of_a_batch_are_for_an_engine_that_counts_them(load, warnings, engine, takes_it):
+    validate(load(f"teacher.engine={engine}", "teacher.batch_tokens=4096"))
+    kind = "http" if "http" in engine else engine
+    assert warnings() == (
+        [] if takes_it else [f"teacher.batch_tokens has no effect: teacher.engine '{kind}' does not take it"]
+    )
+
+
 def test_a_teacher_on_a_server_needs_no_weights_here(load, workplace, tmp_path, warnings):
     shutil.copytree(workplace / "teacher", tmp_path / "teacher", ignore=shutil.ignore_patterns("*.safetensors"))
     http = ("teacher.engine={kind: http, url: http://127.0.0.1:8000}", f"teacher.model={tmp_path}/teacher")
@@ -127,6 +138,7 @@ def test_longer_rows_than_positions_are_warned_about(load, warnings):
         ("teacher.top_k", "0", "1"),
         ("teacher.selection", "random", "topk"),
         ("teacher.batch_size", "0", "1"),
+        ("teacher.batch_tokens", "0", "1"),
         ("teacher.run_ahead_rows", "0", "1"),
         ("teacher.threads", "0", "null"),
         ("teacher.dtype", "int8", "bfloat16"),
