@@ -57,7 +57,7 @@ class Pool:
     num_cpus: float = 0.5
     """Logical CPUs per teacher actor."""
     num_gpus: float = 0
-    """GPUs per teacher actor; fractions share one."""
+    """GPUs per teacher actor; fractions share one, and a whole number of them holds one copy of a large teacher."""
     label_selector: dict[str, str] = field(default_factory=dict)
     """Ray node labels that a teacher's node must carry, for example {ray-kd.io/pool: teacher}."""
 

@@ -111,6 +111,12 @@ def _check_combinations(config: RunConfig) -> None:
     train, pool = config.train, config.teacher.pool
     _require(pool.max_actors >= pool.min_actors, "teacher.pool.max_actors", pool.max_actors,
              f"teacher.pool.min_actors={pool.min_actors} or more")  # fmt: skip
+    _require(pool.num_gpus <= 1 or pool.num_gpus % 1 == 0, "teacher.pool.num_gpus", pool.num_gpus,
+             "a fraction up to 1, or a whole number")  # fmt: skip
+    _, options = plugins.options("teacher.engines", config.teacher.engine, "teacher.engine")
+    split_over = getattr(options, "tensor_parallel_size", None)
+    _require(split_over in (None, pool.num_gpus) or pool.num_gpus <= 1, "teacher.engine.tensor_parallel_size",
+             split_over, f"{pool.num_gpus:g}, as many as teacher.pool.num_gpus")  # fmt: skip
     unit = train.num_workers * train.micro_batch_size
     _require(train.global_batch_size % unit == 0, "train.global_batch_size", train.global_batch_size,
              f"a multiple of num_workers x micro_batch_size = {unit}")  # fmt: skip

@@ -1,16 +1,20 @@
 """A transformers model in this process: the decoder forward, then the head at target positions only.
 
 Attention is causal, so a row is cut after its last target: what follows, padding mostly, could change no answer.
+A model may be spread over several GPUs by accelerate, layer after layer, one GPU computing at a time. That was run with
+layers on CPU and disk, not on several GPUs.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from ray_kd import schema
+from ray_kd.errors import ConfigError
 from ray_kd.models import check_architecture, decoder_hidden, head_of, load_causal_lm
 from ray_kd.payloads import HIDDEN_STATES, TOPK_LOGPROBS, HiddenStates, TopKLogprobs
 from ray_kd.teacher import draws
@@ -29,6 +33,8 @@ from ray_kd.teacher.engine import (
 from ray_kd.teacher.sample import sample_tokens
 from ray_kd.teacher.topk import topk_logprobs
 
+_DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+
 Answer = TopKLogprobs | HiddenStates | RowError
 
 
@@ -38,6 +44,17 @@ class Config:
 
     chunk_size: int = 512
     """Target tokens per head product, which is made in tiles of the vocabulary of 16 MB."""
+    device_map: Any = None
+    """How accelerate spreads the model: auto | balanced | balanced_low_0 | sequential, or {module: device}. Default:
+    auto when teacher.pool.num_gpus is above 1, else all on one device."""
+
+    def __post_init__(self) -> None:
+        chosen = self.device_map
+        is_mapping = isinstance(chosen, dict) and chosen and all(map(_is_device, chosen.values()))
+        if chosen is not None and chosen not in _DEVICE_MAPS and not is_mapping:
+            raise ConfigError(
+                f"teacher.engine.device_map is {chosen!r}: allowed is {' | '.join(_DEVICE_MAPS)} or {{module: device}}"
+            )
 
 
 class Engine:
@@ -65,7 +82,10 @@ class Engine:
         Raises ConfigError when the model cannot be loaded or does not keep packed documents apart.
         """
         self.stats = Stats()
-        self._model = load_causal_lm(model, revision, dtype, device)
+        device_map = config.device_map
+        if device_map is None and device == "cuda" and torch.cuda.device_count() > 1:  # Ray shows an actor its own
+            device_map = "auto"
+        self._model = load_causal_lm(model, revision, dtype, device, device_map)
         check_architecture(self._model)
         self._head = head_of(self._model)
         self._batch_size, self._batch_tokens = batch_size, batch_tokens
@@ -129,14 +149,26 @@ class Engine:
         weight = self._head.weight
         if not targets.any():
             return torch.empty(0, weight.shape[1], dtype=weight.dtype, device=weight.device)
+        first: Any = self._model.get_input_embeddings().weight
         hidden = decoder_hidden(
             self._model,
-            torch.tensor(rows[schema.INPUT_IDS], device=weight.device),
-            torch.tensor(rows[schema.POSITION_IDS], device=weight.device),
+            torch.tensor(rows[schema.INPUT_IDS], device=first.device),
+            torch.tensor(rows[schema.POSITION_IDS], device=first.device),
         )
         self.stats.tokens += int(needed_lengths(targets).sum())
         self.stats.places += targets.size
-        return hidden[torch.from_numpy(targets).to(weight.device)]
+        return hidden[torch.from_numpy(targets).to(hidden.device)].to(weight.device)
+
+
+def _is_device(value: Any) -> bool:
+    """Whether accelerate would take it: the number of a GPU, the name of a device, or disk."""
+    if not isinstance(value, str):
+        return isinstance(value, int) and value >= 0
+    try:
+        torch.device(value)
+    except RuntimeError:
+        return value == "disk"
+    return True
 
 
 def _batches(lengths: NDArray[np.integer], batch_size: int, batch_tokens: int | None) -> Iterator[NDArray[np.intp]]:

@@ -1,4 +1,7 @@
-"""What the transformers engine sends through its decoder: rows cut after their last target, batches of any make."""
+"""What the transformers engine sends through its decoder: rows cut after their last target, batches of any make; and
+a model in several places, which here are the CPU and the disk."""
+
+import sys
 
 import numpy as np
 import pytest
@@ -6,6 +9,7 @@ import torch
 
 from ray_kd import models, schema
 from ray_kd.config import Teacher
+from ray_kd.errors import ConfigError
 from ray_kd.payloads import HIDDEN_STATES
 from ray_kd.teacher.engine import Request
 from ray_kd.teacher.engines import hf
@@ -121,3 +125,57 @@ def test_the_configured_tokens_reach_the_engine(model_path, rows):
     assert shapes == [(1, 47), (2, 38), (3, 19)]
     teacher.engine = {"kind": "fake"}
     EngineSpec.of(teacher, threads=torch.get_num_threads()).build()  # which does not take them
+
+
+MODULES = ("model.embed_tokens", "model.rotary_emb", "model.layers.0", "model.layers.1", "model.norm", "lm_head")
+
+
+def spread(model_path, device_map, device="cpu"):
+    return hf.Engine(hf.Config(device_map=device_map), model=model_path, device=device, batch_tokens=80)
+
+
+@pytest.mark.parametrize("on_disk", [(), ("model.layers.1",), ("model.layers.0", "model.norm")])
+def test_a_model_in_several_places_has_the_answers_of_one_in_one(build, model_path, rows, on_disk):
+    """What is on disk is brought in by the hooks that also carry hidden states from GPU to GPU."""
+    engine = spread(model_path, {name: "disk" if name in on_disk else "cpu" for name in MODULES})
+    hooked = [name for name, module in engine._model.named_modules() if hasattr(module, "_hf_hook")]
+    assert set(on_disk) <= set(hooked)
+    assert bool(on_disk) == any(weight.is_meta for weight in engine._model.parameters())
+    for request in (Request(top_k=8), Request(top_k=8, selection="sample"), Request(kind=HIDDEN_STATES)):
+        expected = build().annotate(rows, request)
+        assert [answer.encode() for answer in engine.annotate(rows, request)] == [one.encode() for one in expected]
+
+
+def test_several_gpus_of_an_actor_share_its_model(build, model_path, rows, monkeypatch):
+    """A machine without any: `auto` finds the CPU then, where a plain move to "cuda" would fail."""
+    if torch.cuda.is_available():
+        pytest.skip("this is about a machine without CUDA")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises((AssertionError, RuntimeError)):
+        spread(model_path, None, device="cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    found = spread(model_path, None, device="cuda").annotate(rows, Request(top_k=8))
+    assert [one.encode() for one in found] == [one.encode() for one in build().annotate(rows, Request(top_k=8))]
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens", "lm_head"])
+def test_embeddings_and_head_are_where_they_are_used(tmp_path, name):
+    untied = str(tiny_llama(tmp_path, tie=False))
+    with pytest.raises(ConfigError, match="device_map puts its embeddings or its head on disk") as error:
+        spread(untied, {one: "disk" if one == name else "cpu" for one in MODULES})
+    assert "\n" not in str(error.value)
+
+
+def test_a_model_that_does_not_fit_is_refused(model_path, monkeypatch):
+    from transformers.integrations import accelerate
+
+    monkeypatch.setattr(accelerate, "get_max_memory", lambda *given: {"cpu": 400_000})
+    with pytest.raises(ConfigError, match=r"does not fit: device_map 'auto' leaves \d+ weights to the CPU or the disk"):
+        spread(model_path, "auto")
+
+
+def test_a_missing_accelerate_is_named_with_what_installs_it(model_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    with pytest.raises(ConfigError, match=r"needs accelerate: pip install 'ray_kd\[multi-gpu\]'$") as error:
+        spread(model_path, "auto")
+    assert "\n" not in str(error.value)
