@@ -59,7 +59,7 @@ class Pool:
     num_cpus: float = 0.5
     """Logical CPUs per teacher actor."""
     num_gpus: float = 0
-    """GPUs per teacher actor; fractions share one."""
+    """GPUs per teacher actor; fractions share one, and a whole number of them holds one copy of a large teacher."""
     label_selector: dict[str, str] = field(default_factory=dict)
     """Ray node labels that a teacher's node must carry, for example {ray-kd.io/pool: teacher}."""
 
@@ -84,6 +84,9 @@ class TeacherModel:
     """What computes the teacher's answers: {kind: hf | vllm | http, ...}."""
     batch_size: int = 4
     """Rows per teacher forward; caps the engine's sub-batches, does not change any result."""
+    batch_tokens: int | None = None
+    """Tokens per teacher forward at most, padding included, rows being sorted by length; in place of batch_size. For
+    the engine hf: vllm has max_num_batched_tokens of its own, and http leaves batches to the server."""
     dtype: str = "auto"
     """Weights' type: auto (as saved) | float32 | bfloat16 | float16."""
     threads: int | None = None

@@ -43,6 +43,7 @@ _IDENTITY_KEYS = (
 """Data, models, loss, seed, batch and schedule. Workers, ZeRO stage, pools and the *_every keys are free to change."""
 
 _FREE_OPTIONS = {
+    "hf": {"device_map"},
     "http": {
         "url", "max_concurrency", "timeout_s", "deadline_s", "max_retries", "backoff_s", "api_key_env", "insecure"
     },

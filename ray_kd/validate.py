@@ -40,13 +40,14 @@ _CHOICES = {
     "eval.kl": ("exact", "topk"),
 }
 _AT_LEAST = {
-    "data.sequence_length": 2, "teacher.top_k": 1, "teacher.batch_size": 1, "teacher.run_ahead_rows": 1,
-    "teacher.threads": 1, "teacher.pool.min_actors": 1, "teacher.pool.max_actors": 1, "teacher.pool.num_gpus": 0,
-    "teacher.cache.file_rows": 1, "loss.chunk_size": 1, "train.num_workers": 1, "train.micro_batch_size": 1,
-    "train.global_batch_size": 1, "train.epochs": 1, "train.max_steps": 1, "train.warmup_steps": 0,
-    "train.weight_decay": 0, "train.max_grad_norm": 0, "train.checkpoint_every": 0, "train.keep_checkpoints": 1,
-    "train.eval_every": 0, "train.log_every": 1, "train.max_failures": 0, "train.threads_per_worker": 1,
-    "eval.max_rows": 0, "eval.batch_size": 1, "eval.max_new_tokens": 1, "cluster.wait_s": 0, "run.seed": 0,
+    "data.sequence_length": 2, "teacher.top_k": 1, "teacher.batch_size": 1, "teacher.batch_tokens": 1,
+    "teacher.run_ahead_rows": 1, "teacher.threads": 1, "teacher.pool.min_actors": 1, "teacher.pool.max_actors": 1,
+    "teacher.pool.num_gpus": 0, "teacher.cache.file_rows": 1, "loss.chunk_size": 1, "train.num_workers": 1,
+    "train.micro_batch_size": 1, "train.global_batch_size": 1, "train.epochs": 1, "train.max_steps": 1,
+    "train.warmup_steps": 0, "train.weight_decay": 0, "train.max_grad_norm": 0, "train.checkpoint_every": 0,
+    "train.keep_checkpoints": 1, "train.eval_every": 0, "train.log_every": 1, "train.max_failures": 0,
+    "train.threads_per_worker": 1, "eval.max_rows": 0, "eval.batch_size": 1, "eval.max_new_tokens": 1,
+    "cluster.wait_s": 0, "run.seed": 0,
 }  # fmt: skip
 _POSITIVE = (
     "teacher.pool.num_cpus", "train.cpus_per_worker", "train.learning_rate", "train.timeout_s", "loss.temperature",
@@ -66,11 +67,21 @@ def check_settings(config: RunConfig) -> None:
     for one, alone in each_teacher(config):
         with _named(one):
             _check_values(alone)
-            pool = alone.teacher.pool
-            _require(pool.max_actors >= pool.min_actors, "teacher.pool.max_actors", pool.max_actors,
-                     f"teacher.pool.min_actors={pool.min_actors} or more")  # fmt: skip
+            _check_pool(alone.teacher)
     _check_combinations(config)
     _check_teachers(config)
+
+
+def _check_pool(teacher: Teacher) -> None:
+    pool = teacher.pool
+    _require(pool.max_actors >= pool.min_actors, "teacher.pool.max_actors", pool.max_actors,
+             f"teacher.pool.min_actors={pool.min_actors} or more")  # fmt: skip
+    _require(pool.num_gpus <= 1 or pool.num_gpus % 1 == 0, "teacher.pool.num_gpus", pool.num_gpus,
+             "a fraction up to 1, or a whole number")  # fmt: skip
+    _, options = plugins.options("teacher.engines", teacher.engine, "teacher.engine")
+    split_over = getattr(options, "tensor_parallel_size", None)
+    _require(split_over in (None, pool.num_gpus) or pool.num_gpus <= 1, "teacher.engine.tensor_parallel_size",
+             split_over, f"{pool.num_gpus:g}, as many as teacher.pool.num_gpus")  # fmt: skip
 
 
 @contextmanager
@@ -192,6 +203,12 @@ def _warn_without_effect(config: RunConfig) -> None:
     for name, section in (("teacher", config.teacher), ("student", config.student)):
         is_folder = section.model is not None and models.is_local(section.model)
         idle[f"{name}.revision"] = section.revision is not None and is_folder and f"{name}.model is a folder"
+    engine, _ = plugins.options("teacher.engines", config.teacher.engine, "teacher.engine")
+    idle["teacher.batch_tokens"] = (
+        config.teacher.batch_tokens is not None
+        and not getattr(engine.Engine, "takes_batch_tokens", False)
+        and f"teacher.engine '{plugins.kind_of(config.teacher.engine)}' does not take it"
+    )
     is_dense = config.teacher.payload == HIDDEN_STATES
     idle["teacher.top_k"] = (
         is_dense

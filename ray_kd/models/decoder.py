@@ -103,13 +103,15 @@ def check_architecture(model: nn.Module) -> None:
     positions = torch.cat([torch.arange(8), torch.arange(4)]).expand(2, 12).to(device)
     packed = decoder_hidden(model, torch.cat([first, second], dim=1), positions)[:, 8:].float()
     alone = decoder_hidden(model, second[:1], positions[:1, 8:]).float()
-    logits = base(input_ids=second[:1], use_cache=False).logits[0].float()
+    head = head_of(model)
+    # A model on several devices may have its head on another one than its last layer.
+    logits = base(input_ids=second[:1], use_cache=False).logits[0].float().to(head.weight.device)
     model.train(was_training)
 
     tolerance = 1e-3 if dtype in (torch.float32, torch.float64) else 5e-2
     size = alone.norm()
     if (packed[0] - packed[1]).norm() > tolerance * size or (packed[0] - alone[0]).norm() > 2 * tolerance * size:
         raise ConfigError(f"{name} lets packed documents see each other (it ignores position_ids); it cannot be used")
-    ours = head_of(model).logits(alone[0])
+    ours = head.logits(alone[0].to(head.weight.device))
     if ours.shape != logits.shape or (ours - logits).norm() > tolerance * logits.norm():
         raise ConfigError(f"{name} does not compute its logits as lm_head(hidden) with a known cap or scale")

@@ -1,6 +1,7 @@
 """Load a causal LM and its tokenizer: safetensors only, no code from the model's folder, no progress bars."""
 
-from collections.abc import Iterator
+import importlib.util
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,13 +30,18 @@ def load_causal_lm(
     revision: str | None = None,
     dtype: str = "auto",
     device: str | torch.device = "cpu",
+    device_map: str | Mapping[str, int | str] | None = None,
 ) -> PreTrainedModel:
     """The model in eval mode on `device`, with sdpa attention where the architecture has it, else eager.
 
-    dtype: "auto" (as saved) | "float32" | "bfloat16" | "float16". Raises ConfigError when the weights cannot be read
-    or do not fill the model: transformers would start missing ones at random and go on.
+    dtype: "auto" (as saved) | "float32" | "bfloat16" | "float16". device_map: spread over devices by accelerate, in
+    place of `device`; "auto" and the like, or module -> device (https://huggingface.co/docs/accelerate). Input
+    embeddings and head may then lie apart. Raises ConfigError when the weights cannot be read or do not fill the model:
+    transformers would start missing ones at random and go on; and for a device_map that cannot be used.
     """
     source = local_folder(path)
+    if device_map is not None and importlib.util.find_spec("accelerate") is None:
+        raise ConfigError(f"spreading model '{path}' over devices needs accelerate: pip install 'ray_kd[multi-gpu]'")
     with quiet():
         try:
             config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
@@ -48,6 +54,7 @@ def load_causal_lm(
                 trust_remote_code=False,
                 attn_implementation="sdpa" if architecture._supports_sdpa else "eager",
                 output_loading_info=True,
+                device_map=device_map,
             )
         except (OSError, ValueError, KeyError) as error:
             if isinstance(error, ConfigError):
@@ -57,7 +64,10 @@ def load_causal_lm(
     wrong = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
     if wrong:
         raise ConfigError(f"model '{path}': {len(wrong)} weights are missing or of another shape, first {wrong[0]}")
-    return model.to(device).eval()
+    if device_map is None:
+        return model.to(device).eval()
+    _check_placement(model, path, device_map)
+    return model.eval()
 
 
 def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -124,6 +134,25 @@ def apply_liger(model: nn.Module) -> bool:
         return False
     _apply_liger_kernel_to_instance(model=base, fused_linear_cross_entropy=False, cross_entropy=False)
     return True
+
+
+def _check_placement(model: PreTrainedModel, path: str, device_map: str | Mapping[str, int | str]) -> None:
+    """Refuse weights that each forward would have to fetch from disk, or from the CPU's memory to a GPU.
+
+    A mapping may say so of layers. Embeddings and head are used without accelerate's hooks, which fetch them.
+    """
+    num_offloaded = sum(weight.is_meta for weight in model.parameters())
+    if num_offloaded and isinstance(device_map, str):
+        raise ConfigError(
+            f"model '{path}' does not fit: device_map '{device_map}' leaves {num_offloaded} weights to the CPU or the "
+            "disk; give it more GPUs"
+        )
+    ends: tuple[Any, ...] = (model.get_input_embeddings(), model.get_output_embeddings())
+    if any(module is not None and module.weight.is_meta for module in ends):
+        raise ConfigError(
+            f"model '{path}': device_map puts its embeddings or its head on disk, or on the CPU beside GPUs; "
+            "give them a device that computes"
+        )
 
 
 @contextmanager

@@ -4,8 +4,8 @@ An engine file holds a dataclass `Config` with its options and a class `Engine`,
 
     Engine(config, model=..., revision=..., dtype=..., device="cpu" | "cuda", batch_size=...)
 
-and shifts and masks at its own edge: a payload has one entry per `schema.target_positions`, in order.
-Rows of weight 0 (dummies) never reach an engine.
+with batch_tokens=... as well where it `takes_batch_tokens`. It shifts and masks at its own edge: a payload has one
+entry per `schema.target_positions`, in order. Rows of weight 0 (dummies) never reach an engine.
 """
 
 from collections.abc import Iterator, Mapping
@@ -74,6 +74,8 @@ class Engine(Protocol):
     """Whether it answers at any temperature, or at 1 alone."""
     is_local_model: bool
     """Whether its answers are those of the model folder itself, so that evaluation may load it for the exact KL."""
+    takes_batch_tokens: bool
+    """Whether it makes batches of at most `teacher.batch_tokens` token places, when that is set."""
     stats: Stats
     """Counted when a call of `annotate` has its answers; retries as they happen."""
 

@@ -41,6 +41,7 @@ class EngineSpec:
     batch_size: int
     on_gpu: bool
     threads: int
+    batch_tokens: int | None = None
 
     @classmethod
     def of(cls, teacher: Teacher, threads: int) -> "EngineSpec":
@@ -53,6 +54,7 @@ class EngineSpec:
             batch_size=teacher.batch_size,
             on_gpu=teacher.pool.num_gpus > 0,
             threads=threads,
+            batch_tokens=teacher.batch_tokens,
         )
 
     def on(self, on_gpu: bool) -> "EngineSpec":
@@ -65,6 +67,7 @@ class EngineSpec:
 
         torch.set_num_threads(self.threads)
         module, config = plugins.options("teacher.engines", self.engine, "teacher.engine")
+        takes_tokens = getattr(module.Engine, "takes_batch_tokens", False)  # that of a third party may be older
         return module.Engine(
             config,
             model=self.model,
@@ -72,6 +75,7 @@ class EngineSpec:
             dtype=self.dtype,
             device="cuda" if self.on_gpu else "cpu",
             batch_size=self.batch_size,
+            **({"batch_tokens": self.batch_tokens} if takes_tokens else {}),
         )
 
 

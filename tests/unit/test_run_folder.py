@@ -102,6 +102,7 @@ FREE = [
     "data.license=MIT",
     "data.max_bad_fraction=0.5",
     "teacher.batch_size=2",
+    "teacher.batch_tokens=2048",
     "teacher.run_ahead_rows=8",
     "teacher.threads=1",
     "teacher.pool.max_actors=3",
@@ -180,6 +181,12 @@ def test_a_teachers_server_may_move_but_not_become_another_model(tmp_path, load)
     )
     with pytest.raises(ConfigError, match=r"its teacher\.engine is .*big.*, now .*other"):
         run_folder.check_identity(tmp_path, load(here, "teacher.engine.served_model=other"))
+
+
+def test_where_a_teachers_layers_are_is_free(folder, load):
+    run_folder.check_identity(folder, load("teacher.engine={kind: hf, device_map: auto}"))
+    with pytest.raises(ConfigError, match=r"its teacher\.engine is "):
+        run_folder.check_identity(folder, load("teacher.engine={kind: hf, chunk_size: 64}"))
 
 
 def test_a_new_folder_belongs_to_no_run_yet(tmp_path, load):

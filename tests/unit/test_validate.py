@@ -118,6 +118,44 @@ def test_teachers_mean_the_same_tokens(load, workplace, tmp_path):
         validate(load(several(workplace, model=str(tmp_path / "renamed"))))
 
 
+@pytest.mark.parametrize(
+    ("engine", "takes_it"), [("hf", True), ("fake", False), ("vllm", False), ("{kind: http, url: http://h}", False)]
+)
+def test_tokens_of_a_batch_are_for_an_engine_that_counts_them(load, warnings, engine, takes_it):
+    validate(load(f"teacher.engine={engine}", "teacher.batch_tokens=4096"))
+    kind = "http" if "http" in engine else engine
+    assert warnings() == (
+        [] if takes_it else [f"teacher.batch_tokens has no effect: teacher.engine '{kind}' does not take it"]
+    )
+
+
+def test_a_copy_is_split_over_the_gpus_of_its_actor(load):
+    """On a cluster: this machine has none."""
+    vllm = ("cluster.address=10.0.0.1:6379", "teacher.engine=vllm")
+    for right in (("num_gpus=2", 2), ("num_gpus=1", 1), ("num_gpus=0.5", 1)):
+        validate(load(*vllm, f"teacher.pool.{right[0]}", f"teacher.engine.tensor_parallel_size={right[1]}"))
+    validate(load("cluster.address=10.0.0.1:6379", "teacher.pool.num_gpus=2"))
+    for size, message in (
+        (1, r"^teacher\.engine\.tensor_parallel_size is 1: allowed is 2, as many as teacher\.pool\.num_gpus$"),
+        (4, r"^teacher\.engine\.tensor_parallel_size is 4: allowed is 2, "),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            validate(load(*vllm, "teacher.pool.num_gpus=2", f"teacher.engine.tensor_parallel_size={size}"))
+    with pytest.raises(
+        ConfigError, match=r"^teacher\.pool\.num_gpus is 1\.5: allowed is a fraction up to 1, or a whole"
+    ):
+        validate(load("cluster.address=10.0.0.1:6379", "teacher.pool.num_gpus=1.5"))
+
+
+@pytest.mark.parametrize("value", ["gpus", "cpu", "3", "{}", "{model: gpu}", "{model: -1}", "[0, 1]"])
+def test_a_device_map_is_a_word_of_accelerates_or_a_mapping(load, value):
+    with pytest.raises(ConfigError, match=r"^teacher\.engine\.device_map is .*: allowed is auto \| .*") as error:
+        validate(load(f"teacher.engine={{kind: hf, device_map: {value}}}"))
+    assert "\n" not in str(error.value)
+    for right in ("null", "auto", "sequential", "{'': 0}", "{model.embed_tokens: cpu, model.layers: 'cuda:1'}"):
+        validate(load(f"teacher.engine={{kind: hf, device_map: {right}}}"))
+
+
 def test_a_teacher_on_a_server_needs_no_weights_here(load, workplace, tmp_path, warnings):
     shutil.copytree(workplace / "teacher", tmp_path / "teacher", ignore=shutil.ignore_patterns("*.safetensors"))
     http = ("teacher.engine={kind: http, url: http://127.0.0.1:8000}", f"teacher.model={tmp_path}/teacher")
@@ -179,6 +217,7 @@ def test_longer_rows_than_positions_are_warned_about(load, warnings):
         ("teacher.top_k", "0", "1"),
         ("teacher.selection", "random", "topk"),
         ("teacher.batch_size", "0", "1"),
+        ("teacher.batch_tokens", "0", "1"),
         ("teacher.run_ahead_rows", "0", "1"),
         ("teacher.threads", "0", "null"),
         ("teacher.dtype", "int8", "bfloat16"),

@@ -50,6 +50,7 @@ class Engine:
     selections = frozenset(SELECTIONS)
     any_temperature = True
     is_local_model = False
+    takes_batch_tokens = False
 
     def __init__(
         self,

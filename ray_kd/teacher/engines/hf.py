@@ -1,12 +1,20 @@
-"""A transformers model in this process: the decoder forward, then the head at target positions only."""
+"""A transformers model in this process: the decoder forward, then the head at target positions only.
 
+Attention is causal, so a row is cut after its last target: what follows, padding mostly, could change no answer.
+A model may be spread over several GPUs by accelerate, layer after layer, one GPU computing at a time. That was run with
+layers on CPU and disk, not on several GPUs.
+"""
+
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from ray_kd import schema
+from ray_kd.errors import ConfigError
 from ray_kd.models import check_architecture, decoder_hidden, head_of, load_causal_lm
 from ray_kd.payloads import HIDDEN_STATES, TOPK_LOGPROBS, HiddenStates, TopKLogprobs
 from ray_kd.teacher import draws
@@ -17,13 +25,15 @@ from ray_kd.teacher.engine import (
     RowError,
     Rows,
     Stats,
-    batches,
     check_request,
     needed_lengths,
     not_finite,
+    rows_in,
 )
 from ray_kd.teacher.sample import sample_tokens
 from ray_kd.teacher.topk import topk_logprobs
+
+_DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 Answer = TopKLogprobs | HiddenStates | RowError
 
@@ -34,15 +44,27 @@ class Config:
 
     chunk_size: int = 512
     """Target tokens per head product, which is made in tiles of the vocabulary of 16 MB."""
+    device_map: Any = None
+    """How accelerate spreads the model: auto | balanced | balanced_low_0 | sequential, or {module: device}. Default:
+    auto when teacher.pool.num_gpus is above 1, else all on one device."""
+
+    def __post_init__(self) -> None:
+        chosen = self.device_map
+        is_mapping = isinstance(chosen, dict) and chosen and all(map(_is_device, chosen.values()))
+        if chosen is not None and chosen not in _DEVICE_MAPS and not is_mapping:
+            raise ConfigError(
+                f"teacher.engine.device_map is {chosen!r}: allowed is {' | '.join(_DEVICE_MAPS)} or {{module: device}}"
+            )
 
 
 class Engine:
-    """Loads the model once; at most `batch_size` rows go through the decoder together."""
+    """Loads the model once; at most `batch_size` rows, or `batch_tokens` places, go through the decoder together."""
 
     provides = frozenset({TOPK_LOGPROBS, HIDDEN_STATES})
     selections = frozenset(SELECTIONS)
     any_temperature = True
     is_local_model = True
+    takes_batch_tokens = True
 
     def __init__(
         self,
@@ -53,13 +75,20 @@ class Engine:
         dtype: str = "auto",
         device: str = "cpu",
         batch_size: int = 4,
+        batch_tokens: int | None = None,
     ) -> None:
-        """Raises ConfigError when the model cannot be loaded or does not keep packed documents apart."""
+        """batch_tokens: rows x longest of a forward, at most (or one row); rows are then sorted by their lengths.
+
+        Raises ConfigError when the model cannot be loaded or does not keep packed documents apart.
+        """
         self.stats = Stats()
-        self._model = load_causal_lm(model, revision, dtype, device)
+        device_map = config.device_map
+        if device_map is None and device == "cuda" and torch.cuda.device_count() > 1:  # Ray shows an actor its own
+            device_map = "auto"
+        self._model = load_causal_lm(model, revision, dtype, device, device_map)
         check_architecture(self._model)
         self._head = head_of(self._model)
-        self._batch_size = batch_size
+        self._batch_size, self._batch_tokens = batch_size, batch_tokens
         self._chunk_size = config.chunk_size
 
     def annotate(self, rows: Rows, request: Request) -> list[Answer]:
@@ -68,10 +97,14 @@ class Engine:
         Of hidden states only they are looked at: a head that overflows on them is seen by the loss.
         """
         check_request(request, self.provides, self.selections, self._head.vocab_size)
-        answers: list[Answer] = []
-        for batch in batches(rows, self._batch_size):
-            answers.extend(self._annotate_batch(batch, request))
-        return answers
+        targets = schema.target_positions(rows[schema.LABELS], rows[schema.POSITION_IDS])
+        lengths = needed_lengths(targets)
+        answers: dict[int, Answer] = {}
+        for places in _batches(lengths, self._batch_size, self._batch_tokens):
+            length = int(lengths[places].max())
+            found = self._annotate_batch(_cut(rows, places, length), targets[places, :length], request)
+            answers.update(zip(places.tolist(), found, strict=True))
+        return [answers[place] for place in range(rows_in(rows))]
 
     def close(self) -> None:
         """Drop the model, so that its memory can be used again."""
@@ -79,8 +112,8 @@ class Engine:
         self.__dict__.pop("_head", None)
 
     @torch.inference_mode()
-    def _annotate_batch(self, rows: Rows, request: Request) -> list[Answer]:
-        targets = schema.target_positions(rows[schema.LABELS], rows[schema.POSITION_IDS])
+    def _annotate_batch(self, rows: Rows, targets: NDArray[np.bool_], request: Request) -> list[Answer]:
+        """The answers to rows that are cut; targets are those of the whole rows: a label is one place further on."""
         counts = targets.sum(axis=1)
         hidden = self._target_hidden(rows, targets)
         if request.kind == HIDDEN_STATES:
@@ -116,14 +149,45 @@ class Engine:
         weight = self._head.weight
         if not targets.any():
             return torch.empty(0, weight.shape[1], dtype=weight.dtype, device=weight.device)
+        first: Any = self._model.get_input_embeddings().weight
         hidden = decoder_hidden(
             self._model,
-            torch.tensor(rows[schema.INPUT_IDS], device=weight.device),
-            torch.tensor(rows[schema.POSITION_IDS], device=weight.device),
+            torch.tensor(rows[schema.INPUT_IDS], device=first.device),
+            torch.tensor(rows[schema.POSITION_IDS], device=first.device),
         )
         self.stats.tokens += int(needed_lengths(targets).sum())
         self.stats.places += targets.size
-        return hidden[torch.from_numpy(targets).to(weight.device)]
+        return hidden[torch.from_numpy(targets).to(hidden.device)].to(weight.device)
+
+
+def _is_device(value: Any) -> bool:
+    """Whether accelerate would take it: the number of a GPU, the name of a device, or disk."""
+    if not isinstance(value, str):
+        return isinstance(value, int) and value >= 0
+    try:
+        torch.device(value)
+    except RuntimeError:
+        return value == "disk"
+    return True
+
+
+def _batches(lengths: NDArray[np.integer], batch_size: int, batch_tokens: int | None) -> Iterator[NDArray[np.intp]]:
+    """Places of the rows that go through the decoder together; those of length 0, which need not, are a batch too."""
+    idle, left = np.flatnonzero(lengths == 0), np.flatnonzero(lengths)
+    if len(idle):
+        yield idle
+    if batch_tokens is not None:
+        left = left[np.argsort(-lengths[left], kind="stable")]
+    while len(left):
+        size = batch_size if batch_tokens is None else max(1, batch_tokens // int(lengths[left[0]]))
+        yield left[:size]
+        left = left[size:]
+
+
+def _cut(rows: Rows, places: NDArray[np.intp], length: int) -> Rows:
+    """Some of the rows, and of them the first `length` tokens."""
+    chosen = {name: np.asarray(column)[places] for name, column in rows.items()}
+    return {name: column[:, :length] if column.ndim == 2 else column for name, column in chosen.items()}
 
 
 def _hidden_states(hidden: torch.Tensor) -> HiddenStates | RowError:

@@ -89,6 +89,7 @@ class Engine:
     selections = frozenset({TOPK})
     any_temperature = False
     is_local_model = False
+    takes_batch_tokens = False
 
     def __init__(
         self,

@@ -1,0 +1,181 @@
+"""What the transformers engine sends through its decoder: rows cut after their last target, batches of any make; and
+a model in several places, which here are the CPU and the disk."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from ray_kd import models, schema
+from ray_kd.config import Teacher
+from ray_kd.errors import ConfigError
+from ray_kd.payloads import HIDDEN_STATES
+from ray_kd.teacher.engine import Request
+from ray_kd.teacher.engines import hf
+from ray_kd.teacher.stage import EngineSpec
+from tests.reference.teacher_rows import row_logprobs
+from tests.tiny import VOCAB_SIZE, tiny_llama
+
+T = 48
+DOCUMENTS = ([48], [20, 1, 2, 16], [3], [24, 24], [1, 30], [9, 4], [40])
+"""Lengths of the documents of each row; what is left of T is padding."""
+LENGTHS = [47, 38, 2, 0, 30, 1, 19]
+"""Tokens up to each row's last target: row 3 has none, that of row 5 is its first token, those of row 6 end early."""
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory):
+    """In float64, so that what is left of a difference is that of the fp32 log-probabilities."""
+    return str(tiny_llama(tmp_path_factory.mktemp("teacher"), dtype=torch.float64))
+
+
+@pytest.fixture(scope="module")
+def rows():
+    rng = np.random.default_rng(0)
+    ids = rng.integers(3, VOCAB_SIZE, (len(DOCUMENTS), T)).astype(np.int32)
+    labels = ids.copy()
+    positions = np.zeros((len(DOCUMENTS), T), np.int32)
+    for row, lengths in enumerate(DOCUMENTS):
+        positions[row] = np.concatenate([np.arange(n) for n in (*lengths, T - sum(lengths))])
+        labels[row, sum(lengths) :] = schema.IGNORED_LABEL
+    labels[0, :20] = labels[3] = labels[5, 2:] = labels[6, 20:] = schema.IGNORED_LABEL
+    return {"row_id": np.arange(len(DOCUMENTS)), "input_ids": ids, "labels": labels, "position_ids": positions}
+
+
+@pytest.fixture
+def build(model_path):
+    def built(batch_size=4, batch_tokens=None):
+        return hf.Engine(hf.Config(), model=model_path, batch_size=batch_size, batch_tokens=batch_tokens)
+
+    return built
+
+
+def forwards(engine):
+    """A list that gets (rows, tokens) of every forward of the decoder from now on."""
+    shapes = []
+    engine._model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    return shapes
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "batch_tokens"), [(1, None), (3, None), (16, None), (4, 1), (4, 40), (1, 60), (4, 10**6)]
+)
+def test_cut_rows_have_the_answers_of_whole_rows_alone(build, model_path, rows, batch_size, batch_tokens):
+    model = models.load_causal_lm(model_path)
+    assert model.dtype == torch.float64
+    answers = build(batch_size, batch_tokens).annotate(rows, Request(top_k=VOCAB_SIZE))
+    for row, answer in enumerate(answers):
+        columns = (torch.from_numpy(rows[name][row]).long() for name in ("input_ids", "labels", "position_ids"))
+        expected = row_logprobs(model, *columns).numpy()
+        found = np.zeros_like(expected)
+        np.put_along_axis(found, answer.ids.astype(np.int64), answer.logprobs.astype(np.float64), axis=-1)
+        np.testing.assert_allclose(found, expected, atol=1e-5, rtol=0)
+    assert [len(answer.ids) for answer in answers] == [28, 19 + 0 + 1 + 15, 2, 0, 29, 1, 19]
+
+
+def test_batches_of_rows_are_in_order_and_as_long_as_their_longest(build, rows):
+    engine = build(batch_size=2)
+    shapes = forwards(engine)
+    engine.annotate(rows, Request(top_k=4))
+    assert shapes == [(2, 47), (2, 30), (2, 19)]  # rows 0 and 1, 2 and 4, 5 and 6
+    assert (engine.stats.tokens, engine.stats.places) == (sum(LENGTHS), 2 * (47 + 30 + 19))
+
+
+@pytest.mark.parametrize(
+    ("batch_tokens", "expected"),
+    [
+        (80, [(1, 47), (2, 38), (3, 19)]),
+        (37, [(1, 47), (1, 38), (1, 30), (1, 19), (2, 2)]),  # a row that is longer goes alone
+        (10**6, [(6, 47)]),
+    ],
+)
+def test_batches_by_tokens_are_full_and_longest_first(build, rows, batch_tokens, expected):
+    engine = build(batch_tokens=batch_tokens)
+    shapes = forwards(engine)
+    engine.annotate(rows, Request(top_k=4))
+    assert shapes == expected
+    assert engine.stats.places == sum(num_rows * length for num_rows, length in expected)
+    assert engine.stats.tokens == sum(LENGTHS)
+
+
+def test_rows_without_a_target_need_no_forward(build, rows):
+    for engine in (build(), build(batch_tokens=64)):
+        shapes = forwards(engine)
+        for request in (Request(top_k=4), Request(top_k=4, selection="sample"), Request(kind=HIDDEN_STATES)):
+            (answer,) = engine.annotate({name: column[3:4] for name, column in rows.items()}, request)
+            assert len(answer.bits if request.kind == HIDDEN_STATES else answer.ids) == 0
+        assert shapes == []
+
+
+@pytest.mark.parametrize("request_", [Request(top_k=16, selection="sample", seed=3), Request(kind=HIDDEN_STATES)])
+def test_other_answers_reach_their_rows_too(build, rows, request_):
+    expected = [answer.encode() for answer in build(batch_size=1).annotate(rows, request_)]
+    assert len(set(expected)) == len(expected)
+    assert [answer.encode() for answer in build(batch_tokens=80).annotate(rows, request_)] == expected
+
+
+def test_the_configured_tokens_reach_the_engine(model_path, rows):
+    teacher = Teacher(model=model_path, batch_tokens=80)
+    engine = EngineSpec.of(teacher, threads=torch.get_num_threads()).build()
+    shapes = forwards(engine)
+    engine.annotate(rows, Request(top_k=4))
+    assert shapes == [(1, 47), (2, 38), (3, 19)]
+    teacher.engine = {"kind": "fake"}
+    EngineSpec.of(teacher, threads=torch.get_num_threads()).build()  # which does not take them
+
+
+MODULES = ("model.embed_tokens", "model.rotary_emb", "model.layers.0", "model.layers.1", "model.norm", "lm_head")
+
+
+def spread(model_path, device_map, device="cpu"):
+    return hf.Engine(hf.Config(device_map=device_map), model=model_path, device=device, batch_tokens=80)
+
+
+@pytest.mark.parametrize("on_disk", [(), ("model.layers.1",), ("model.layers.0", "model.norm")])
+def test_a_model_in_several_places_has_the_answers_of_one_in_one(build, model_path, rows, on_disk):
+    """What is on disk is brought in by the hooks that also carry hidden states from GPU to GPU."""
+    engine = spread(model_path, {name: "disk" if name in on_disk else "cpu" for name in MODULES})
+    hooked = [name for name, module in engine._model.named_modules() if hasattr(module, "_hf_hook")]
+    assert set(on_disk) <= set(hooked)
+    assert bool(on_disk) == any(weight.is_meta for weight in engine._model.parameters())
+    for request in (Request(top_k=8), Request(top_k=8, selection="sample"), Request(kind=HIDDEN_STATES)):
+        expected = build().annotate(rows, request)
+        assert [answer.encode() for answer in engine.annotate(rows, request)] == [one.encode() for one in expected]
+
+
+def test_several_gpus_of_an_actor_share_its_model(build, model_path, rows, monkeypatch):
+    """A machine without any: `auto` finds the CPU then, where a plain move to "cuda" would fail."""
+    if torch.cuda.is_available():
+        pytest.skip("this is about a machine without CUDA")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises((AssertionError, RuntimeError)):
+        spread(model_path, None, device="cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    found = spread(model_path, None, device="cuda").annotate(rows, Request(top_k=8))
+    assert [one.encode() for one in found] == [one.encode() for one in build().annotate(rows, Request(top_k=8))]
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens", "lm_head"])
+def test_embeddings_and_head_are_where_they_are_used(tmp_path, name):
+    untied = str(tiny_llama(tmp_path, tie=False))
+    with pytest.raises(ConfigError, match="device_map puts its embeddings or its head on disk") as error:
+        spread(untied, {one: "disk" if one == name else "cpu" for one in MODULES})
+    assert "\n" not in str(error.value)
+
+
+def test_a_model_that_does_not_fit_is_refused(model_path, monkeypatch):
+    from transformers.integrations import accelerate
+
+    monkeypatch.setattr(accelerate, "get_max_memory", lambda *given: {"cpu": 400_000})
+    with pytest.raises(ConfigError, match=r"does not fit: device_map 'auto' leaves \d+ weights to the CPU or the disk"):
+        spread(model_path, "auto")
+
+
+def test_a_missing_accelerate_is_named_with_what_installs_it(model_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    with pytest.raises(ConfigError, match=r"needs accelerate: pip install 'ray_kd\[multi-gpu\]'$") as error:
+        spread(model_path, "auto")
+    assert "\n" not in str(error.value)
