@@ -88,11 +88,9 @@ def parts(
     most = int((weight > 0).sum(axis=0).max())
     # One less than the vocabulary: with all of it there would be no tail, which the teachers may well have.
     width = top_k if most == 1 or top_k == vocab_size else min(most * top_k, vocab_size - 1)
-    takes = weight > 0
-    behind = np.cumsum(takes[::-1], axis=0)[::-1] - takes
     return [
-        Part(name, shares, width, is_last)
-        for name, shares, is_last in zip(names, weight / total, behind == 0, strict=True)
+        Part(name, weight[place] / total, width, is_last=weight[place + 1 :].sum(axis=0) == 0)
+        for place, name in enumerate(names)
     ]
 
 
