@@ -133,10 +133,10 @@ class Pool:
 
     teacher: str
     most_actors: int
-    last_actors: int
-    """Of the last line: fewer, where it shrank because the cache had the rest."""
+    mean_actors: float
+    """Over the time in which it had any; near the least where the cache had most of the rows."""
     mean_queue: float
-    """Blocks that waited for an actor, over the lines."""
+    """Blocks that waited for an actor, over the same time."""
 
 
 def read_pools(run_dir: Path) -> list[Pool]:
@@ -144,12 +144,12 @@ def read_pools(run_dir: Path) -> list[Pool]:
     lines: dict[str, list[dict[str, Any]]] = {}
     for line in sorted(read_journal(run_dir, POOLS), key=lambda line: line["time"]):
         lines.setdefault(line["teacher"], []).append(line)
-    return [
-        Pool(
-            name,
-            most_actors=max(line["actors"] for line in own),
-            last_actors=own[-1]["actors"],
-            mean_queue=float(np.mean([line["queue"] for line in own])),
-        )
-        for name, own in sorted(lines.items())
-    ]
+    return [_pool(name, own) for name, own in sorted(lines.items())]
+
+
+def _pool(name: str, lines: list[dict[str, Any]]) -> Pool:
+    """A line tells how it was until the next one."""
+    actors, queue, at = (np.array([line[key] for line in lines], float) for key in ("actors", "queue", "time"))
+    seconds = np.diff(at, append=at[-1]) * (actors > 0)
+    total = max(float(seconds.sum()), 1e-9)
+    return Pool(name, int(actors.max()), float(actors @ seconds / total), float(queue @ seconds / total))
