@@ -140,6 +140,7 @@ def connected(config: RunConfig, *, trains: bool = True) -> Iterator[None]:
     where = address(config)
     if where is None:  # nobody preempts this machine: one process less, 3 CPU seconds
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+        os.environ.setdefault("RAY_WARN_BLOCKING_GET_INSIDE_ASYNC", "0")  # as Ray Train sets it for its controller
         # torch on CPU then asks for huge pages: a fresh gradient of the head took half the time (20 ms for 57 MB).
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     logger.info("starting a local Ray" if where is None else f"joining the Ray cluster at {where}")

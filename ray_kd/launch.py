@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from ray.exceptions import RayError
+    from ray.train.torch import TorchTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,25 @@ def fit(run: Callable[[], Any], *, on_poll: Sequence[Callable[[], object]], requ
                 call()
     if outcome[0] is not None:
         raise _mapped(outcome[0]) from outcome[0]
+
+
+def trainer_class(starts_ray: bool) -> "type[TorchTrainer]":
+    """Ray Train's trainer. starts_ray: on a Ray that this process started, whose workers have its environment.
+
+    There the controller needs no runtime environment to carry variables, and so none of the processes below it does:
+    Ray hands them workers that are running already, instead of starting two interpreters for each.
+    """
+    import ray
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2._internal.execution.controller import TrainController
+
+    class OnOwnRay(TorchTrainer):
+        def _initialize_and_run_controller(self, **arguments: Any) -> Any:
+            controller: Any = ray.remote(TrainController).options(num_cpus=0).remote(**arguments)
+            ray.get(controller.run.remote())
+            return ray.get(controller.get_result.remote())
+
+    return OnOwnRay if starts_ray else TorchTrainer
 
 
 @contextmanager

@@ -467,7 +467,7 @@ def _fit(
         return
     import ray.data
     import ray.train
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchConfig
 
     options = config.train
     threads = cluster.Threads.of(config)
@@ -502,7 +502,7 @@ def _fit(
         make_evaluate=partial(make_evaluate, held_out) if prepared.manifest.eval_rows else None,
     )
     storage_path, storage_filesystem = storage.for_arrow(run_dir.parent)
-    trainer = TorchTrainer(
+    trainer = launch.trainer_class(starts_ray=cluster.address(config) is None)(
         partial(train, spec),
         scaling_config=ray.train.ScalingConfig(
             num_workers=options.num_workers,

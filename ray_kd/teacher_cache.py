@@ -16,9 +16,7 @@ from ray_kd import cluster, launch, run_folder, schema, storage
 from ray_kd.config import RunConfig
 from ray_kd.data.order import DUMMY_ROW, SlotOrder
 from ray_kd.data.prepared import PreparedData
-from ray_kd.data.tokenizer import tokenizer_identity
 from ray_kd.errors import ConfigError
-from ray_kd.models import model_identity
 from ray_kd.payloads import TOPK_LOGPROBS
 from ray_kd.teacher.cache import DISABLED, Cache, Contents, open_cache
 from ray_kd.teacher.engine import Engine, Request, RowError
@@ -59,6 +57,9 @@ def open_for(config: RunConfig, prepared: PreparedData, part: Part | None = None
     """
     if config.teacher.cache.mode == DISABLED:
         return None
+    from ray_kd.data.tokenizer import tokenizer_identity
+    from ray_kd.models import model_identity
+
     teacher, manifest = config.teacher, prepared.manifest
     tokenizer = json.dumps(tokenizer_identity(teacher.model, teacher.revision))
     asked = Contents.of(

@@ -4,20 +4,25 @@ In: packed rows, input_ids and position_ids [B, T]. Out: final-normed hidden sta
 the positions asked for, so the vocabulary-sized product is never paid for prompt and padding tokens.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from ray_kd.errors import ConfigError
 from ray_kd.head import Head
 
+if TYPE_CHECKING:  # three seconds to import, which the driver can do without
+    from transformers import PreTrainedModel
 
-def base_causal_lm(model: nn.Module) -> PreTrainedModel:
+
+def base_causal_lm(model: nn.Module) -> "PreTrainedModel":
     """The transformers model itself, out of a peft wrapper if it is in one."""
     wrapped: Any = model
     inner = wrapped.get_base_model() if hasattr(model, "get_base_model") else model
+    from transformers import PreTrainedModel
+
     assert isinstance(inner, PreTrainedModel)
     return inner
 

@@ -6,18 +6,21 @@ The layers that turn it least are left out; the rest, the embeddings, the norm a
 
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from ray_kd.errors import ConfigError
 from ray_kd.models.decoder import base_causal_lm, decoder_hidden, decoder_of
 from ray_kd.models.folder import atomic_folder, local_folder
 from ray_kd.models.load import load_causal_lm, load_tokenizer, quiet
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @torch.no_grad()
@@ -157,7 +160,7 @@ def _layers_of(model: nn.Module) -> nn.ModuleList:
     return layers
 
 
-def _layers_prefix(model: PreTrainedModel) -> str:
+def _layers_prefix(model: "PreTrainedModel") -> str:
     layers = _layers_of(model)
     return next(name for name, module in model.named_modules() if module is layers) + "."
 

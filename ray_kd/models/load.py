@@ -3,17 +3,20 @@
 import importlib.util
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging
 
 from ray_kd.errors import ConfigError
 from ray_kd.models.decoder import base_causal_lm
 from ray_kd.models.folder import local_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -31,7 +34,7 @@ def load_causal_lm(
     dtype: str = "auto",
     device: str | torch.device = "cpu",
     device_map: str | Mapping[str, int | str] | None = None,
-) -> PreTrainedModel:
+) -> "PreTrainedModel":
     """The model in eval mode on `device`, with sdpa attention where the architecture has it, else eager.
 
     dtype: "auto" (as saved) | "float32" | "bfloat16" | "float16". device_map: spread over devices by accelerate, in
@@ -70,7 +73,7 @@ def load_causal_lm(
     return model.eval()
 
 
-def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str, revision: str | None = None) -> "PreTrainedTokenizerBase":
     """The tokenizer of a model folder or hub id. Raises ConfigError when there is none."""
     with quiet():
         try:
@@ -80,8 +83,8 @@ def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenize
 
 
 def compare_vocabularies(
-    teacher_tokenizer: PreTrainedTokenizerBase,
-    student_tokenizer: PreTrainedTokenizerBase,
+    teacher_tokenizer: "PreTrainedTokenizerBase",
+    student_tokenizer: "PreTrainedTokenizerBase",
     teacher_vocab: int,
     student_vocab: int,
     names: tuple[str, str] = ("teacher", "student"),
@@ -136,7 +139,7 @@ def apply_liger(model: nn.Module) -> bool:
     return True
 
 
-def _check_placement(model: PreTrainedModel, path: str, device_map: str | Mapping[str, int | str]) -> None:
+def _check_placement(model: "PreTrainedModel", path: str, device_map: str | Mapping[str, int | str]) -> None:
     """Refuse weights that each forward would have to fetch from disk, or from the CPU's memory to a GPU.
 
     A mapping may say so of layers. Embeddings and head are used without accelerate's hooks, which fetch them.
