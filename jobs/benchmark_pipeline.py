@@ -11,7 +11,8 @@ in turns        the same two taking turns in one process, with the threads of bo
 
 tokens/s is of target tokens, without the first steps; wait is the student's for the teacher, teacher busy its share of
 the same time; first step is from the command on. A ratio is the median over the rounds of a figure by that of the two
-processes in the same round. Only local runs of one worker and one teacher on CPU are measured like this.
+processes in the same round. Below the table stands what reading the prepared data costs. Only local runs of one worker
+and one teacher on CPU are measured like this.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from quickstart_inputs import make_inputs
 from ray_kd import checkpoint, run_folder
 from ray_kd import config as configuration
 from ray_kd.benchmarks.options import Help, add_common, whole
-from ray_kd.benchmarks.pipeline import WARM_UP_STEPS, Timeline, Work, in_turns, of_run, two_processes
+from ray_kd.benchmarks.pipeline import WARM_UP_STEPS, Timeline, Work, in_turns, of_run, read_costs, two_processes
 from ray_kd.cli import Parser
 from ray_kd.trainer.loop import CHECKPOINTS
 
@@ -68,6 +69,8 @@ def main() -> int:
         print("medians")
         for name, timelines in found.items():
             show(name, timelines, found[PLAIN])
+    costs = ", ".join(f"{cost:.0f} us {name}" for name, cost in read_costs(work).items())
+    print(f"reading a prepared row: {costs}")
     if options.plot is not None:
         plot(options.plot, {name: timelines[-1] for name, timelines in found.items()})
     return 0
@@ -80,7 +83,7 @@ def distill(options: argparse.Namespace, run_dir: Path, steps: int) -> Timeline:
         "train.checkpoint_every=0", f"teacher.threads={options.threads}", f"train.threads_per_worker={options.threads}",
         "data.eval_source=null", "data.eval_fraction=0", "eval.prompts=[]", "train.num_workers=1",
         "teacher.pool.max_actors=1", "teacher.cache.mode=disabled", "teacher.payload=topk_logprobs",
-        "teacher.selection=topk",
+        "teacher.selection=topk", "teachers=[]",
     ]  # fmt: skip
     command = [sys.executable, "-m", "ray_kd", "distill", options.config, *options.overrides, *settings]
     started = time.time()

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from ray_kd import config as configuration
@@ -107,6 +108,31 @@ def of_run(run_dir: Path, started: float) -> Timeline:
     for block in read_journal(run_dir):
         timeline.teacher.append((block["time"] - block["busy_s"], block["time"]))
     return timeline
+
+
+def read_costs(work: Work, max_rows: int = 2**15) -> dict[str, float]:
+    """Microseconds to read a prepared row from the page cache, in blocks of a global batch: in the order of the file,
+    as an epoch has them (`data/order.py`: windows of rows that lie together, shuffled), and in no order at all."""
+    config = work.config()
+    prepared, size = PreparedData(work.prepared_dir), config.train.global_batch_size
+    count = min(prepared.num_rows, max_rows)
+    order = SlotOrder(prepared.num_rows, size, epochs=1, max_steps=None, seed=config.run.seed)
+    orders = {
+        "in the file's order": np.arange(count),
+        "in an epoch's": order.rows(0, count),
+        "at random": np.random.default_rng(0).permutation(prepared.num_rows)[:count],
+    }
+    costs = {}
+    for name, row_ids in orders.items():
+        seconds = []
+        for _ in range(3):  # the first fills the page cache
+            opened = PreparedData(work.prepared_dir)
+            start = time.perf_counter()
+            for first in range(0, count, size):
+                opened.read_rows(row_ids[first : first + size])
+            seconds.append(time.perf_counter() - start)
+        costs[name] = 1e6 * min(seconds) / count
+    return costs
 
 
 def two_processes(work: Work) -> Timeline:

@@ -7,9 +7,11 @@ import json
 import pytest
 import torch
 
+from ray_kd import config
 from ray_kd.benchmarks import loss as bench
 from ray_kd.benchmarks import options, pipeline, timing
 from ray_kd.benchmarks.plot import Bar, grouped_bars
+from tests.fake_prepared import write_prepared
 
 SMALL = bench.Setting(num_tokens=24, width=16, vocab_size=400, top_k=8, ce_weight=0.5)
 
@@ -99,6 +101,17 @@ def test_ours_and_ligers_dense_jsd_are_one_but_for_the_square_of_the_temperature
     got.backward()
     for one, other in zip(ours.leaves(), theirs.leaves(), strict=True):
         torch.testing.assert_close(other.grad, one.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_reading_is_timed_in_three_orders(tmp_path):
+    prepared = write_prepared(tmp_path / "prepared", num_rows=600)
+    (tmp_path / "run").mkdir()
+    settings = ["run.dir=x", "data.source=text", "teacher.model=t", "student.model=s"]
+    (tmp_path / "run" / "config.yaml").write_text(config.to_yaml(config.load(None, settings)))
+    work = pipeline.Work(str(tmp_path / "run"), str(prepared), "s", 10, 1, 1)
+    costs = pipeline.read_costs(work)
+    assert list(costs) == ["in the file's order", "in an epoch's", "at random"]
+    assert all(0 < cost < 1e5 for cost in costs.values())
 
 
 def test_a_runs_timeline_is_read_from_what_it_wrote(tmp_path):
