@@ -71,7 +71,7 @@ class Cache:
     path: str | None = None
     """Folder of the teacher's answers, for any number of runs. Default: <run.dir>/../teacher_cache."""
     file_rows: int = 64
-    """Rows of a file that cache_teacher writes: what a kill loses of an actor's work, at most."""
+    """Rows of a file that cache_teacher writes: what a kill loses of an actor's work, and what it holds in memory."""
 
 
 @dataclass
@@ -166,7 +166,7 @@ class Train:
     cpus_per_worker: float = 0.5
     """Logical CPUs per worker."""
     gpus_per_worker: float = 0
-    """GPUs per worker: 0 (trains on CPU) or 1."""
+    """GPUs per worker: 0 (trains on CPU), 1, or a fraction of one that teachers use too."""
     label_selector: dict[str, str] = field(default_factory=dict)
     """Ray node labels that a worker's node must carry, for example {ray-kd.io/pool: student}."""
     zero_stage: int = 2

@@ -36,18 +36,17 @@ _CHOICES = {
     "teacher.wire": WIRES,
     "train.schedule": SCHEDULES,
     "train.zero_stage": (0, 1, 2, 3),
-    "train.gpus_per_worker": (0, 1),
     "eval.kl": ("exact", "topk"),
 }
 _AT_LEAST = {
     "data.sequence_length": 2, "teacher.top_k": 1, "teacher.batch_size": 1, "teacher.batch_tokens": 1,
     "teacher.run_ahead_rows": 1, "teacher.threads": 1, "teacher.pool.min_actors": 1, "teacher.pool.max_actors": 1,
     "teacher.pool.num_gpus": 0, "teacher.cache.file_rows": 1, "loss.chunk_size": 1, "train.num_workers": 1,
-    "train.micro_batch_size": 1, "train.global_batch_size": 1, "train.epochs": 1, "train.max_steps": 1,
-    "train.warmup_steps": 0, "train.weight_decay": 0, "train.max_grad_norm": 0, "train.checkpoint_every": 0,
-    "train.keep_checkpoints": 1, "train.eval_every": 0, "train.log_every": 1, "train.max_failures": 0,
-    "train.threads_per_worker": 1, "eval.max_rows": 0, "eval.batch_size": 1, "eval.max_new_tokens": 1,
-    "cluster.wait_s": 0, "run.seed": 0,
+    "train.gpus_per_worker": 0, "train.micro_batch_size": 1, "train.global_batch_size": 1, "train.epochs": 1,
+    "train.max_steps": 1, "train.warmup_steps": 0, "train.weight_decay": 0, "train.max_grad_norm": 0,
+    "train.checkpoint_every": 0, "train.keep_checkpoints": 1, "train.eval_every": 0, "train.log_every": 1,
+    "train.max_failures": 0, "train.threads_per_worker": 1, "eval.max_rows": 0, "eval.batch_size": 1,
+    "eval.max_new_tokens": 1, "cluster.wait_s": 0, "run.seed": 0,
 }  # fmt: skip
 _POSITIVE = (
     "teacher.pool.num_cpus", "train.cpus_per_worker", "train.learning_rate", "train.timeout_s", "loss.temperature",
@@ -156,6 +155,11 @@ def _check_values(config: RunConfig) -> None:
 def _check_combinations(config: RunConfig) -> None:
     _require(config.run.seed < 2**32, "run.seed", config.run.seed, "0 up to below 2**32")
     train = config.train
+    gpus = train.gpus_per_worker
+    _require(gpus <= 1, "train.gpus_per_worker", gpus, "0 to 1: a fraction shares a GPU with teachers")
+    # Two ranks on one GPU: NCCL refuses them.
+    _require(gpus == 0 or gpus > 0.5 or train.num_workers == 1, "train.gpus_per_worker", gpus,
+             f"0, or above 0.5 with train.num_workers={train.num_workers}: a GPU has room for one of them")  # fmt: skip
     unit = train.num_workers * train.micro_batch_size
     _require(train.global_batch_size % unit == 0, "train.global_batch_size", train.global_batch_size,
              f"a multiple of num_workers x micro_batch_size = {unit}")  # fmt: skip

@@ -182,7 +182,7 @@ REFUSED = {
         ["train.gpus_per_worker=1", "train.num_workers=64", "train.global_batch_size=64"],
         ["train.gpus_per_worker=1 x 64 workers", "64 GPUs", "this machine has"],
     ),
-    "GPUs a worker": (["train.gpus_per_worker=2"], ["train.gpus_per_worker is 2", "0 | 1"]),
+    "GPUs a worker": (["train.gpus_per_worker=2"], ["train.gpus_per_worker is 2", "0 to 1"]),
     "teacher GPUs absent": (
         ["teacher.pool.num_gpus=64"], ["teacher.pool.num_gpus=64", "64 GPUs", "this machine has"],
     ),

@@ -147,6 +147,19 @@ def test_a_copy_is_split_over_the_gpus_of_its_actor(load):
         validate(load("cluster.address=10.0.0.1:6379", "teacher.pool.num_gpus=1.5"))
 
 
+def test_a_worker_may_share_its_gpu_with_teachers_but_not_with_another_worker(load):
+    cluster = "cluster.address=10.0.0.1:6379"
+    validate(load(cluster, "train.gpus_per_worker=0.4", "teacher.pool.num_gpus=0.3", "teacher.pool.max_actors=2"))
+    two = ("train.num_workers=2", "train.global_batch_size=8")
+    validate(load(cluster, *two, "train.gpus_per_worker=0.6"))
+    with pytest.raises(
+        ConfigError, match=r"^train.gpus_per_worker is 0.5: allowed is 0, or above 0.5 with train.num_w"
+    ):
+        validate(load(cluster, *two, "train.gpus_per_worker=0.5"))
+    with pytest.raises(ConfigError, match=r"^train.gpus_per_worker is 1.5: allowed is 0 to 1"):
+        validate(load(cluster, "train.gpus_per_worker=1.5"))
+
+
 @pytest.mark.parametrize("value", ["gpus", "cpu", "3", "{}", "{model: gpu}", "{model: -1}", "[0, 1]"])
 def test_a_device_map_is_a_word_of_accelerates_or_a_mapping(load, value):
     with pytest.raises(ConfigError, match=r"^teacher\.engine\.device_map is .*: allowed is auto \| .*") as error:
