@@ -16,7 +16,7 @@ from typing import Any
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
-from ray_kd import plugins, storage
+from ray_kd import plugins, schema, storage
 from ray_kd.errors import ConfigError
 
 
@@ -115,8 +115,8 @@ class OneOfTeachers(TeacherModel):
     """Names the pool in journals and summary, and the folder of its cache. Default: the last part of `model`."""
     weight: float = 1.0
     """Of its probabilities where several answer a row; they are divided by their sum."""
-    rows: list[str] | None = None
-    """Values of the column `data.route_by` whose rows it answers. Default: every row."""
+    rows: list[Any] | None = None
+    """Values of the column `data.route_by` (text, integers, booleans) whose rows it answers. Default: every row."""
 
 
 @dataclass
@@ -268,16 +268,10 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
             raise ConfigError(f"override '{override}' cannot be read: {str(error).splitlines()[0]}") from error
         assert isinstance(parsed, DictConfig)
         for key in plugins.GROUPS:
-            # An option set on a plug-in that was given as a bare kind.
-            if override.startswith(f"{key}.") and isinstance(kind := OmegaConf.select(merged, key), str):
-                OmegaConf.update(merged, key, {"kind": kind})
-            # One given whole replaces another with its options.
-            given = OmegaConf.select(parsed, key) if override.startswith(f"{key}=") else None
-            if isinstance(given, DictConfig) and "kind" in given:
-                OmegaConf.update(merged, key, None)
+            _make_way(merged, parsed, key, override)
         where = f"override '{override}'"
         if isinstance(parsed.get("teachers"), DictConfig):
-            _merge_into_list(merged, parsed.teachers, where)
+            _merge_into_list(merged, parsed.teachers, override)
         else:
             merged = _merge(merged, parsed, where)
     _settle_teachers(merged)
@@ -289,8 +283,13 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(str(error).splitlines()[0]) from error
     assert isinstance(config, RunConfig)
     _make_absolute(config)
-    for one in config.teachers:
+    for place, one in enumerate(config.teachers):
         one.name = one.name or Path(one.model).name
+        if one.rows is not None:
+            try:
+                one.rows = [schema.route_of(value) for value in one.rows]
+            except ValueError as error:
+                raise ConfigError(f"teachers[{place}].rows has {one.rows}: one {error}") from error
     return config
 
 
@@ -342,7 +341,10 @@ def _absolute(path: str) -> str:
 
 def to_yaml(config: RunConfig) -> str:
     """The resolved config as YAML, with anything that looks like a secret masked."""
-    return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
+    plain = to_dict(config)
+    if config.teachers:  # each says these itself
+        plain["teacher"] = {name: value for name, value in plain["teacher"].items() if name not in _OF_MODEL}
+    return OmegaConf.to_yaml(OmegaConf.create(plain))
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
@@ -391,7 +393,8 @@ def _merge(base: DictConfig, update: DictConfig, where: str) -> DictConfig:
         merged = OmegaConf.merge(base, update)
     except (ConfigKeyError, ConfigAttributeError) as error:
         key = str(error.full_key)
-        known = _known_keys()
+        entry = key.partition(".")[0]
+        known = [name.replace("teachers[]", entry) if "[" in entry else name for name in _known_keys()]
         section = key.rpartition(".")[0]
         of_section = [name for name in known if section and name.startswith(f"{section}.")]
         raise ConfigError(f"unknown key '{key}' in {where}{plugins.nearest(key, of_section or known)}") from error
@@ -404,17 +407,35 @@ def _merge(base: DictConfig, update: DictConfig, where: str) -> DictConfig:
     return merged
 
 
-def _merge_into_list(merged: DictConfig, update: DictConfig, where: str) -> None:
+def _merge_into_list(merged: DictConfig, update: DictConfig, override: str) -> None:
     """teachers.INDEX.KEY=VALUE."""
+    where = f"override '{override}'"
     places = {str(place): place for place in range(len(merged.teachers))}
     for index in map(str, update):
         if index not in places:
             raise ConfigError(f"{where}: teachers has no entry {index}; allowed: {', '.join(places) or 'it is empty'}")
-        merged.teachers[places[index]] = _merge(merged.teachers[places[index]], update[index], where)
+        one, given = merged.teachers[places[index]], update[index]
+        if not isinstance(given, DictConfig):
+            raise ConfigError(
+                f"{where}: teachers.{index} is {given!r}: allowed are its keys (teachers.{index}.KEY=VALUE)"
+            )
+        _make_way(one, given, "engine", override.split(f"teachers.{index}.", 1)[-1])
+        merged.teachers[places[index]] = _merge(one, given, where)
+
+
+def _make_way(merged: DictConfig, parsed: DictConfig, key: str, override: str) -> None:
+    """For a plug-in in an override of one key=value: as a mapping for its options, or as nothing for another one."""
+    # An option set on a plug-in that was given as a bare kind.
+    if override.startswith(f"{key}.") and isinstance(kind := OmegaConf.select(merged, key), str):
+        OmegaConf.update(merged, key, {"kind": kind})
+    # One given whole replaces another with its options.
+    given = OmegaConf.select(parsed, key) if override.startswith(f"{key}=") else None
+    if isinstance(given, DictConfig) and "kind" in given:
+        OmegaConf.update(merged, key, None)
 
 
 def _known_keys() -> list[str]:
-    leaves = [key for key, _ in describe()]
+    leaves = [key for key, _ in describe()] + [f"teachers[].{name}" for name in _OF_MODEL]
     sections = {".".join(key.split(".")[:depth]) for key in leaves for depth in range(1, key.count(".") + 1)}
     return leaves + sorted(sections)
 

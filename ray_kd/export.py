@@ -73,8 +73,7 @@ def write_final(
 
 def model_card(
     *,
-    teacher: str,
-    teacher_identity: str,
+    teachers: Mapping[str, str],
     student_init: str,
     data_identity: str,
     licences: Mapping[str, str],
@@ -83,19 +82,21 @@ def model_card(
 ) -> str:
     """README.md of the student: where it comes from, under which licences, how good it is.
 
+    teachers: as it was named -> identity of its weights.
     student_init: how the student began, in words ("layers [0, 1, 5] of the teacher", or a model and its identity).
     licences: {"teacher": ..., "data": ...}, "unknown" where it is not known (see `models.licence_of`).
     metrics: {"before": {...}, "after": {...}} as in summary.json, or None without held-out data.
-    The front matter names a licence only when the teacher's is known; the student is a derivative of it.
+    The front matter names a licence only when the teacher's is known, and one; the student is a derivative of it.
     """
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in _PACKAGES)
     front = ["library_name: transformers", "tags: [distillation, ray_kd]"]
-    if licences.get("teacher", "unknown") != "unknown":
+    if "unknown" not in licences.get("teacher", "unknown") and "," not in licences["teacher"]:
         front.insert(0, f"license: {licences['teacher']}")
     parts = [
         "---\n" + "\n".join(front) + "\n---",
         "# Distilled student",
-        f"- teacher: `{teacher}` ({teacher_identity})\n- student began as: {student_init}\n"
+        "".join(f"- teacher: `{name}` ({identity})\n" for name, identity in teachers.items())
+        + f"- student began as: {student_init}\n"
         f"- data: {data_identity}\n- made with: {versions}",
         "## Licences\n\n" + "\n".join(f"- {name}: {licence}" for name, licence in licences.items()),
     ]

@@ -57,8 +57,8 @@ def fit(run: Callable[[], Any], *, on_poll: Sequence[Callable[[], object]], requ
 def trainer_class(starts_ray: bool) -> "type[TorchTrainer]":
     """Ray Train's trainer. starts_ray: on a Ray that this process started, whose workers have its environment.
 
-    There the controller needs no runtime environment to carry variables, and so none of the processes below it does:
-    Ray hands them workers that are running already, instead of starting two interpreters for each.
+    There the controller needs no runtime environment to carry variables, and so the processes that it starts for the
+    data need none: Ray hands them workers that are running already, instead of starting two interpreters for each.
     """
     import ray
     from ray.train.torch import TorchTrainer

@@ -76,11 +76,11 @@ def distill(config: RunConfig) -> dict[str, Any]:
             with cluster.connected(config), launch.interruptible():  # again: ray.init installs a handler of its own
                 cluster.check_shared(run_dir, config.train.timeout_s)
                 prepared = prepare(config, run_dir / QUARANTINE, plan)
+                teachers = _teachers(config, prepared, vocab_size)  # which may refuse, so before it is recorded
                 run_folder.record(run_dir, config, content)
                 order = _order(config, prepared.manifest)
                 planned = summary.Planned.of(prepared.manifest, order)
                 _warn(config, order)
-                teachers = _teachers(config, prepared, vocab_size)
                 student_path = _student(config, run_dir, prepared)
                 payload = _teacher_payload(config, run_dir, vocab_size, teachers)
                 _fit(config, run_dir, held, prepared, order, student_path, payload)
@@ -309,12 +309,14 @@ def _teachers(config: RunConfig, prepared: PreparedData, vocab_size: int) -> lis
 def _alone(config: RunConfig, prepared: PreparedData, vocab_size: int) -> list[tuple[RunConfig, Part | None]]:
     """Each teacher with a row to answer: the config in which it is the only one, and its part in the answers."""
     found: list[tuple[RunConfig, Part | None]] = []
-    parts = parts_of(config, prepared.manifest.routes, vocab_size)
-    for (one, alone), part in zip(configuration.each_teacher(config), parts, strict=True):
-        if one is not None and part is not None and not part.shares.any():
-            logger.warning("teacher '%s' answers nothing: no row's %s is among %s",
-                           one.name, config.data.route_by, one.rows)  # fmt: skip
-        else:
+    routes = prepared.manifest.routes
+    for (one, alone), part in zip(
+        configuration.each_teacher(config), parts_of(config, routes, vocab_size), strict=True
+    ):  # fmt: skip
+        if one is not None and (unknown := sorted(set(one.rows or []) - set(routes))):
+            logger.warning("teachers: '%s' has rows of %s, and no row's %s is that: there are %s",
+                           one.name, ", ".join(unknown), config.data.route_by, ", ".join(routes))  # fmt: skip
+        if part is None or part.shares.any():
             found.append((alone, part))
     return found
 
@@ -394,7 +396,7 @@ def _stream(spec: _StreamSpec) -> "ray.data.Dataset":
     import ray.data
 
     from ray_kd.data.stream import PausedSteps, ordered_rows
-    from ray_kd.teacher.pool import PoolNotes
+    from ray_kd.teacher.pool import PoolKeeper
 
     run_dir = storage.path(spec.run_dir)
     with storage.store_errors():
@@ -405,11 +407,11 @@ def _stream(spec: _StreamSpec) -> "ray.data.Dataset":
     # The controller has a DataContext of its own: what the driver set does not reach it.
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    context.custom_execution_callback_classes = [PausedSteps, PoolNotes]
+    context.custom_execution_callback_classes = [PausedSteps, PoolKeeper]
     context.execution_options.preserve_order = True
     covered, computing = _covered(spec.teachers, spec.prepared_dir, spec.order, start_slot)
     context.execution_options.label_selector = _common_labels(computing)
-    PoolNotes.announce(context, run_dir, ["" if t.part is None else t.part.name for t in computing])
+    PoolKeeper.announce(context, run_dir, ["" if t.part is None else t.part.name for t in computing])
     rows = ordered_rows(
         spec.order, spec.prepared_dir, start_slot=start_slot, block_rows=spec.block_rows,
         make_transforms=[partial(TeacherStage, None, *_stage_arguments(spec, teacher)) for teacher in covered],
@@ -439,8 +441,10 @@ def _covered(
     """
     prepared = PreparedData(prepared_dir)
     for count, teacher in enumerate(teachers):
+        if teacher.cache is None:
+            return teachers[:count], teachers[count:]
         own = teacher_cache.rows_of(teacher.part, prepared)
-        if teacher.cache is None or not teacher_cache.covers(teacher.cache, own, order, start_slot):
+        if not teacher_cache.covers(teacher.cache, own, order, start_slot):
             return teachers[:count], teachers[count:]
     return teachers, []
 

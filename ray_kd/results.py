@@ -126,7 +126,7 @@ def held_out(
         max_rows=config.eval.max_rows if max_rows is None else max_rows,
         batch_size=config.eval.batch_size,
         teachers=[
-            (EngineSpec.of(alone.teacher, threads).on(on_gpu), part)
+            (EngineSpec.of(alone.teacher, threads).beside_student(on_gpu), part)
             for (_, alone), part in zip(each_teacher(config), parts, strict=True)
             if part is None or part.shares.any()
         ],
@@ -175,15 +175,16 @@ def _card(config: RunConfig, run_dir: Path) -> str:
 
     content = run_folder.content_of(run_dir)
     init = config.student.init
+    teachers = [alone.teacher for _, alone in each_teacher(config)]
+    weights = ["teacher weights", *(f"weights of teachers[{place}]" for place in range(1, len(teachers)))]
     return model_card(
-        teacher=", ".join(one.teacher.model for _, one in each_teacher(config)),
-        teacher_identity=content["teacher weights"],
+        teachers={one.model: content[of] for one, of in zip(teachers, weights, strict=True)},
         student_init=_init_in_words(init.layers, init.select)
         if init
         else f"{config.student.model} ({content['student weights']})",
         data_identity=f"prepared data {content['prepared data']}",
         licences={
-            "teacher": models.licence_of(config.teacher.model, config.teacher.revision),
+            "teacher": ", ".join(dict.fromkeys(models.licence_of(one.model, one.revision) for one in teachers)),
             "data": config.data.license or "unknown",
         },
         config_yaml=to_yaml(config),

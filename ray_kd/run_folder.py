@@ -103,8 +103,8 @@ def identity(config: RunConfig) -> dict[str, Any]:
 
 def _identity_of(one: OneOfTeachers | None, alone: RunConfig) -> dict[str, Any]:
     assert one is not None
-    names = ("weight", "rows", "revision", "dtype")
-    return {name: getattr(one, name) for name in names} | {"engine": engine_identity(alone)}
+    same = {"engine": engine_identity(alone), "rows": None if one.rows is None else sorted(set(one.rows))}
+    return {name: getattr(one, name) for name in ("weight", "revision", "dtype")} | same
 
 
 def engine_identity(config: RunConfig, with_address: bool = False) -> dict[str, Any]:

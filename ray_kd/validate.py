@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ray_kd import cluster, plugins, storage
-from ray_kd.config import Loss, OneOfTeachers, RunConfig, Teacher, each_teacher
+from ray_kd.config import Loss, OneOfTeachers, RunConfig, Student, Teacher, each_teacher
 from ray_kd.errors import ConfigError
 from ray_kd.payloads import HIDDEN_STATES, TOPK_LOGPROBS
 from ray_kd.payloads.topk_logprobs import MAX_DRAWS, WIRES
@@ -79,8 +79,10 @@ def _check_pool(teacher: Teacher) -> None:
              "a fraction up to 1, or a whole number")  # fmt: skip
     _, options = plugins.options("teacher.engines", teacher.engine, "teacher.engine")
     split_over = getattr(options, "tensor_parallel_size", None)
-    _require(split_over in (None, pool.num_gpus) or pool.num_gpus <= 1, "teacher.engine.tensor_parallel_size",
-             split_over, f"{pool.num_gpus:g}, as many as teacher.pool.num_gpus")  # fmt: skip
+    stages = (getattr(options, "options", None) or {}).get("pipeline_parallel_size", 1)
+    is_right = split_over is None or split_over * stages == max(1, pool.num_gpus) or pool.num_gpus == 0
+    _require(is_right, "teacher.engine.tensor_parallel_size", split_over,
+             f"{max(1, pool.num_gpus) / stages:g}: teacher.pool.num_gpus by the pipeline's stages")  # fmt: skip
 
 
 @contextmanager
@@ -108,8 +110,6 @@ def _check_teachers(config: RunConfig) -> None:
         _require(math.isfinite(one.weight) and one.weight > 0, f"{key}.weight", one.weight, "a positive number")
         _require(one.rows is None or config.data.route_by is not None, f"{key}.rows", one.rows,
                  "null as long as data.route_by names no column")  # fmt: skip
-    if config.data.route_by is not None and all(one.rows is None for one in config.teachers):
-        logger.warning("data.route_by=%s only keeps its values apart: none of teachers has rows", config.data.route_by)
 
 
 def validate(config: RunConfig) -> Models:
@@ -201,18 +201,31 @@ def _warn_without_effect(config: RunConfig) -> None:
     from ray_kd.losses.objective import make_objective
 
     cache = config.teacher.cache
-    idle = {
-        "teacher.cache.path": cache.path is not None and cache.mode == DISABLED and "teacher.cache.mode is disabled"
+    idle: dict[str, str | bool] = {
+        "teacher.cache.path": cache.path is not None and cache.mode == DISABLED and "teacher.cache.mode is disabled",
+        "data.route_by": config.data.route_by is not None
+        and all(one.rows is None for one in config.teachers)
+        and "none of teachers has rows, so it only keeps its values apart",
     }
-    for name, section in (("teacher", config.teacher), ("student", config.student)):
+    sections = [("teacher" if one is None else f"teachers.{one.name}", alone.teacher)
+                for one, alone in each_teacher(config)]  # fmt: skip
+    for name, teacher in sections:
+        engine, _ = plugins.options("teacher.engines", teacher.engine, "teacher.engine")
+        kind = plugins.kind_of(teacher.engine)
+        idle[f"{name}.batch_tokens"] = (
+            teacher.batch_tokens is not None
+            and not getattr(engine.Engine, "takes_batch_tokens", False)
+            and f"teacher.engine '{kind}' does not take it"
+        )
+        idle[f"{name}.dtype"] = (
+            teacher.dtype != Teacher.dtype
+            and not engine.Engine.is_local_model
+            and f"teacher.engine '{kind}' loads no weights"
+        )
+    models_of: list[tuple[str, Teacher | Student]] = [*sections, ("student", config.student)]
+    for name, section in models_of:
         is_folder = section.model is not None and models.is_local(section.model)
         idle[f"{name}.revision"] = section.revision is not None and is_folder and f"{name}.model is a folder"
-    engine, _ = plugins.options("teacher.engines", config.teacher.engine, "teacher.engine")
-    idle["teacher.batch_tokens"] = (
-        config.teacher.batch_tokens is not None
-        and not getattr(engine.Engine, "takes_batch_tokens", False)
-        and f"teacher.engine '{plugins.kind_of(config.teacher.engine)}' does not take it"
-    )
     is_dense = config.teacher.payload == HIDDEN_STATES
     idle["teacher.top_k"] = (
         is_dense
@@ -260,7 +273,10 @@ def _check_models(config: RunConfig) -> Models:
     elif config.student.init is not None:
         _check_init(config.student.init.layers, config.student.init.select, teacher.num_hidden_layers)
     models.require_plain_head(student or teacher)  # a student made of the teacher's layers has its head
-    _check_length(config.data.sequence_length, teacher=teacher, student=student)
+    for (one, _), model in zip(each_teacher(config), found, strict=True):
+        _check_length(config.data.sequence_length, "teacher" if one is None else f"teacher '{one.name}'", model)
+    if student is not None:
+        _check_length(config.data.sequence_length, "student", student)
     return Models(teacher, student)
 
 
@@ -275,9 +291,6 @@ def _check_teacher(config: RunConfig, lends_layers: bool) -> "PreTrainedConfig":
     _require(not is_evaluated_by_topk or TOPK_LOGPROBS in engine.Engine.provides, "eval.kl", config.eval.kl,
              f"exact with teacher.engine '{plugins.kind_of(teacher.engine)}', which sends no {TOPK_LOGPROBS}",
     )  # fmt: skip
-    if not engine.Engine.is_local_model and teacher.dtype != Teacher.dtype:
-        kind = plugins.kind_of(teacher.engine)
-        logger.warning("teacher.dtype has no effect: teacher.engine '%s' loads no weights", kind)
     needs_weights = engine.Engine.is_local_model or lends_layers
     found = models.check_model(teacher.model, teacher.revision, "teacher", needs_weights)
     needs_topk = teacher.payload == TOPK_LOGPROBS or is_evaluated_by_topk
@@ -346,11 +359,10 @@ def _check_init(layers: Any, select: str, total: int) -> None:
     _require(select == "block_influence", "student.init.select", select, "block_influence")
 
 
-def _check_length(sequence_length: int, **model_configs: "PreTrainedConfig | None") -> None:
-    for name, model_config in model_configs.items():
-        longest = getattr(model_config, "max_position_embeddings", None)
-        if longest is not None and sequence_length > longest:
-            logger.warning("data.sequence_length=%d is more than the %s's %d positions", sequence_length, name, longest)
+def _check_length(sequence_length: int, name: str, model: "PreTrainedConfig") -> None:
+    longest = getattr(model, "max_position_embeddings", None)
+    if longest is not None and sequence_length > longest:
+        logger.warning("data.sequence_length=%d is more than the %s's %d positions", sequence_length, name, longest)
 
 
 def _value(config: RunConfig, key: str) -> Any:

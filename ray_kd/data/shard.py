@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ray_kd import plugins, storage
+from ray_kd import plugins, schema, storage
 from ray_kd.data import tokenizer as tokenizing
 from ray_kd.data.packing import cut, has_target, pack
 from ray_kd.data.records import BadRecord, Document, Record, Segment, excerpt
@@ -211,17 +211,12 @@ def _segment(record: Record, route_by: str | None, form: Any, tokenizer: Any) ->
 
 
 def _route(value: Any, column: str) -> str:
-    """The text of a route, so that true of JSON and of a table is the same one, and "7" the same as 7."""
-    match value:
-        case str():
-            return value
-        case bool():
-            return str(value).lower()
-        case int():
-            return str(value)
-        case None:
-            raise ValueError(f"column '{column}' of data.route_by is missing or null")
-    raise ValueError(f"column '{column}' of data.route_by is {type(value).__name__}: allowed is str, int, bool")
+    if value is None:
+        raise ValueError(f"column '{column}' of data.route_by is missing or null")
+    try:
+        return schema.route_of(value)
+    except ValueError as error:
+        raise ValueError(f"column '{column}' of data.route_by {error}") from error
 
 
 def _refuse(record: Record, reason: str) -> BadRecord:

@@ -15,6 +15,9 @@ from ray_kd.storage import GrowingFile, children, make_folder, read_lines
 JOURNAL = "teacher"
 """Folder of the journal in the run folder, a file or more an actor."""
 
+POOL_NOTE_S = 5.0
+"""Seconds between two lines about a pool, at most, while the stream runs."""
+
 POOLS = "teacher_pool"
 """Folder of the same kind for the sizes and queues of the pools (`pool.py`)."""
 
@@ -148,8 +151,8 @@ def read_pools(run_dir: Path) -> list[Pool]:
 
 
 def _pool(name: str, lines: list[dict[str, Any]]) -> Pool:
-    """A line tells how it was until the next one."""
+    """A line tells how it was until the next one, but not through the time in which nothing ran."""
     actors, queue, at = (np.array([line[key] for line in lines], float) for key in ("actors", "queue", "time"))
-    seconds = np.diff(at, append=at[-1]) * (actors > 0)
+    seconds = np.minimum(np.diff(at, append=at[-1]), 2 * POOL_NOTE_S) * (actors > 0)
     total = max(float(seconds.sum()), 1e-9)
     return Pool(name, int(actors.max()), float(actors @ seconds / total), float(queue @ seconds / total))

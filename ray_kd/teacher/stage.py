@@ -39,27 +39,29 @@ class EngineSpec:
     revision: str | None
     dtype: str
     batch_size: int
-    on_gpu: bool
+    num_gpus: float
     threads: int
     batch_tokens: int | None = None
 
     @classmethod
     def of(cls, teacher: Teacher, threads: int) -> "EngineSpec":
-        """The configured engine, on a GPU when the pool's actors have one."""
+        """The configured engine, on the GPUs that the pool's actors have."""
         return cls(
             engine=teacher.engine,
             model=teacher.model,
             revision=teacher.revision,
             dtype=teacher.dtype,
             batch_size=teacher.batch_size,
-            on_gpu=teacher.pool.num_gpus > 0,
+            num_gpus=teacher.pool.num_gpus,
             threads=threads,
             batch_tokens=teacher.batch_tokens,
         )
 
-    def on(self, on_gpu: bool) -> "EngineSpec":
-        """The same engine on a GPU, or not."""
-        return replace(self, on_gpu=on_gpu)
+    def beside_student(self, on_gpu: bool) -> "EngineSpec":
+        """The same answers in a train worker, on its one GPU or on none: vLLM would take the memory that is left."""
+        module, _ = plugins.options("teacher.engines", self.engine, "teacher.engine")
+        engine = "hf" if module.Engine.is_local_model else self.engine
+        return replace(self, engine=engine, num_gpus=int(on_gpu))
 
     def build(self) -> Engine:
         """Construct the engine; loads the teacher."""
@@ -67,15 +69,17 @@ class EngineSpec:
 
         torch.set_num_threads(self.threads)
         module, config = plugins.options("teacher.engines", self.engine, "teacher.engine")
-        takes_tokens = getattr(module.Engine, "takes_batch_tokens", False)  # that of a third party may be older
+        # One of a third party may be older than these.
+        more = {"batch_tokens": self.batch_tokens} if getattr(module.Engine, "takes_batch_tokens", False) else {}
+        more |= {"is_spread": self.num_gpus > 1} if getattr(module.Engine, "spreads", False) else {}
         return module.Engine(
             config,
             model=self.model,
             revision=self.revision,
             dtype=self.dtype,
-            device="cuda" if self.on_gpu else "cpu",
+            device="cuda" if self.num_gpus > 0 else "cpu",
             batch_size=self.batch_size,
-            **({"batch_tokens": self.batch_tokens} if takes_tokens else {}),
+            **more,
         )
 
 
@@ -132,7 +136,7 @@ class TeacherStage:
             if isinstance(answer, RowError):
                 weight[place], errors[place] = 0.0, self._named(answer.reason)
             else:
-                payloads[place] = answer.encode(self._wire)
+                payloads[place] = answer.encode(self._wire_of(routes[place]))
         self._keep(row_ids, [place for place in asked if payloads[place]], payloads)
         if self._cuts_to is not None:
             payloads = [cut(payload, self._cuts_to, self._wire) if payload else payload for payload in payloads]
@@ -180,13 +184,21 @@ class TeacherStage:
     def _named(self, reason: str) -> str:
         return reason if self._part is None else f"teacher '{self._part.name}': {reason}"
 
+    def _wire_of(self, route: int) -> str:
+        """Of this teacher's own answer. The grid of compact is for what is cached and for what leaves the last one."""
+        return self._wire if self._cache is not None or self._is_all(route) else "plain"
+
+    def _is_all(self, route: int) -> bool:
+        """Whether this teacher's answer to rows of the route is what the student gets."""
+        part = self._part
+        return part is None or (part.shares[route] == 1.0 and part.width == self._top_k)
+
     def _sum(self, route: int, so_far: bytes, own: bytes) -> bytes:
         """The payload of a row: this teacher's, or its part and that of those before it."""
         part = self._part
-        if part is None or (part.shares[route] == 1.0 and part.width == self._top_k):
+        if part is None or self._is_all(route):
             return own
         known = TopKLogprobs.decode(so_far) if so_far else None
-        # The grid of compact is for the last step alone.
         return part.add(route, known, TopKLogprobs.decode(own)).encode(self._wire if part.is_last[route] else "plain")
 
     def _engine(self) -> Engine:

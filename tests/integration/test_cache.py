@@ -64,7 +64,7 @@ def test_the_stream_of_a_covered_run_builds_no_engine(jobs, three_epochs, ray_ad
     prepared = jobs.folder / "runs" / "prepared" / cache.contents.data[:16]
     order = SlotOrder(num_rows=PreparedData(prepared).num_rows, global_batch_size=4, epochs=2, max_steps=None, seed=0)
     assert teacher_cache.covers(cache, np.ones(order.num_rows, bool), order, 0)
-    no_engine = EngineSpec("no such engine", "", None, "auto", 1, on_gpu=False, threads=1)
+    no_engine = EngineSpec("no such engine", "", None, "auto", 1, num_gpus=0, threads=1)
     spec = pipeline._StreamSpec(
         run_dir=str(tmp_path), prepared_dir=str(prepared), order=order, block_rows=2,
         teachers=[pipeline._Teacher(no_engine, pipeline.Pool(), None, cache, cache.contents.request)],

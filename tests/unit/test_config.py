@@ -150,12 +150,26 @@ def test_each_of_several_teachers_is_a_config_of_its_own(minimal, tmp_path):
         (["teachers.1.wieght=1"], r"unknown key 'teachers\[1\].wieght'.*did you mean"),
         (["teachers.1.weight=much"], r"teachers\[1\].weight in override"),
         (["teachers=3"], "allowed is a list"),
+        (["teachers.0=null"], "teachers.0 is None: allowed are its keys"),
+        (["teachers.0.rows=[1.5]"], r"teachers\[0\].rows has \[1.5\]: one is float: allowed is str, int, bool"),
     ],
 )
 def test_what_is_wrong_about_teachers_is_one_line(minimal, overrides, message):
     with pytest.raises(ConfigError, match=message) as caught:
         config.load(minimal, ["teacher.model=org/big", TEACHERS, *overrides])
     assert "\n" not in str(caught.value)
+
+
+def test_an_entry_of_teachers_is_overridden_like_teacher(minimal, tmp_path):
+    entries = "teachers=[{model: a/b, batch_size: 2, engine: {kind: http, url: u}}, {model: c/d, engine: vllm}]"
+    base = ["teacher.model=a/b", entries]
+    loaded = config.load(minimal, [*base, "teachers.0.engine={kind: vllm}", "teachers.1.rows=[x, true, 7]"])
+    assert loaded.teachers[0].engine == {"kind": "vllm"}
+    assert loaded.teachers[1].rows == ["x", "true", "7"], "as a record has them"
+    loaded = config.load(minimal, [*base, "teachers.1.engine.tensor_parallel_size=2"])
+    assert loaded.teachers[1].engine == {"kind": "vllm", "tensor_parallel_size": 2}
+    (tmp_path / "again.yaml").write_text(config.to_yaml(loaded))
+    assert config.load(tmp_path / "again.yaml", ["teachers.0.batch_size=16"]).teacher.batch_size == 16
 
 
 def test_secrets_are_masked(minimal):

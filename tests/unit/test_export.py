@@ -110,8 +110,7 @@ def test_exporting_again_replaces_the_folder(student_path: Path, tmp_path: Path)
 
 def test_the_card_says_where_the_student_comes_from() -> None:
     card = model_card(
-        teacher="HuggingFaceTB/SmolLM2-135M-Instruct",
-        teacher_identity="sha256:abc",
+        teachers={"HuggingFaceTB/SmolLM2-135M-Instruct": "sha256:abc", "org/coder": "sha256:def"},
         student_init="layers [0, 1, 29] of the teacher",
         data_identity="prepared data 1234",
         licences={"teacher": "apache-2.0", "data": "unknown"},
@@ -120,7 +119,7 @@ def test_the_card_says_where_the_student_comes_from() -> None:
     )
     assert card.startswith("---\nlicense: apache-2.0\n")
     for part in (
-        "sha256:abc",
+        "- teacher: `HuggingFaceTB/SmolLM2-135M-Instruct` (sha256:abc)\n- teacher: `org/coder` (sha256:def)\n",
         "layers [0, 1, 29] of the teacher",
         "prepared data 1234",
         "- data: unknown",
@@ -131,7 +130,7 @@ def test_the_card_says_where_the_student_comes_from() -> None:
     ):
         assert part in card
     unknown = model_card(
-        teacher="x", teacher_identity="y", student_init="z", data_identity="d",
+        teachers={"x": "y"}, student_init="z", data_identity="d",
         licences={"teacher": "unknown"}, config_yaml="", metrics=None,
     )  # fmt: skip
     assert "license:" not in unknown

@@ -78,7 +78,14 @@ def test_several_teachers_pass_in_silence(load, workplace, warnings):
     validate(load(several(workplace, rows=["code"]), "data.route_by=domain"))
     assert warnings() == []
     validate(load(several(workplace), "data.route_by=domain"))
-    assert warnings() == ["data.route_by=domain only keeps its values apart: none of teachers has rows"]
+    assert warnings() == ["data.route_by has no effect: none of teachers has rows, so it only keeps its values apart"]
+    validate(load("teachers=[]", "data.route_by=domain"))
+    assert len(warnings()) == 2
+    validate(load(several(workplace, revision="v2", engine={"kind": "http", "url": "http://h"}, dtype="bfloat16")))
+    assert warnings()[2:] == [
+        "teachers.two.dtype has no effect: teacher.engine 'http' loads no weights",
+        "teachers.two.revision has no effect: teachers.two.model is a folder",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -136,11 +143,15 @@ def test_a_copy_is_split_over_the_gpus_of_its_actor(load):
         validate(load(*vllm, f"teacher.pool.{right[0]}", f"teacher.engine.tensor_parallel_size={right[1]}"))
     validate(load("cluster.address=10.0.0.1:6379", "teacher.pool.num_gpus=2"))
     for size, message in (
-        (1, r"^teacher\.engine\.tensor_parallel_size is 1: allowed is 2, as many as teacher\.pool\.num_gpus$"),
-        (4, r"^teacher\.engine\.tensor_parallel_size is 4: allowed is 2, "),
+        (1, r"^teacher\.engine\.tensor_parallel_size is 1: allowed is 2: teacher\.pool\.num_gpus by the pipeline's"),
+        (4, r"^teacher\.engine\.tensor_parallel_size is 4: allowed is 2: "),
     ):
         with pytest.raises(ConfigError, match=message):
             validate(load(*vllm, "teacher.pool.num_gpus=2", f"teacher.engine.tensor_parallel_size={size}"))
+    with pytest.raises(ConfigError, match=r"tensor_parallel_size is 2: allowed is 1: "):
+        validate(load(*vllm, "teacher.pool.num_gpus=1", "teacher.engine.tensor_parallel_size=2"))
+    staged = "teacher.engine={kind: vllm, tensor_parallel_size: 1, options: {pipeline_parallel_size: 2}}"
+    validate(load(*vllm, staged, "teacher.pool.num_gpus=2"))
     with pytest.raises(
         ConfigError, match=r"^teacher\.pool\.num_gpus is 1\.5: allowed is a fraction up to 1, or a whole"
     ):

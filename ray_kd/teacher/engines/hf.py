@@ -65,6 +65,7 @@ class Engine:
     any_temperature = True
     is_local_model = True
     takes_batch_tokens = True
+    spreads = True
 
     def __init__(
         self,
@@ -76,15 +77,16 @@ class Engine:
         device: str = "cpu",
         batch_size: int = 4,
         batch_tokens: int | None = None,
+        is_spread: bool = False,
     ) -> None:
         """batch_tokens: rows x longest of a forward, at most (or one row); rows are then sorted by their lengths.
+
+        is_spread: over all GPUs that this process sees, where device_map says nothing else.
 
         Raises ConfigError when the model cannot be loaded or does not keep packed documents apart.
         """
         self.stats = Stats()
-        device_map = config.device_map
-        if device_map is None and device == "cuda" and torch.cuda.device_count() > 1:  # Ray shows an actor its own
-            device_map = "auto"
+        device_map = config.device_map or ("auto" if is_spread else None)
         self._model = load_causal_lm(model, revision, dtype, device, device_map)
         check_architecture(self._model)
         self._head = head_of(self._model)

@@ -265,7 +265,7 @@ def test_a_larger_k_is_cut_to_the_most_likely(wire):
 
 LENGTH = 32
 SPEC = EngineSpec(
-    {"kind": "fake", "vocab_size": VOCAB_SIZE, "nan_row_ids": [5]}, "teacher", None, "auto", 2, on_gpu=False, threads=1
+    {"kind": "fake", "vocab_size": VOCAB_SIZE, "nan_row_ids": [5]}, "teacher", None, "auto", 2, num_gpus=0, threads=1
 )
 
 

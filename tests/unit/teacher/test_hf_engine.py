@@ -130,8 +130,8 @@ def test_the_configured_tokens_reach_the_engine(model_path, rows):
 MODULES = ("model.embed_tokens", "model.rotary_emb", "model.layers.0", "model.layers.1", "model.norm", "lm_head")
 
 
-def spread(model_path, device_map, device="cpu"):
-    return hf.Engine(hf.Config(device_map=device_map), model=model_path, device=device, batch_tokens=80)
+def spread(model_path, device_map, **options):
+    return hf.Engine(hf.Config(device_map=device_map), model=model_path, batch_tokens=80, **options)
 
 
 @pytest.mark.parametrize("on_disk", [(), ("model.layers.1",), ("model.layers.0", "model.norm")])
@@ -146,15 +146,13 @@ def test_a_model_in_several_places_has_the_answers_of_one_in_one(build, model_pa
         assert [answer.encode() for answer in engine.annotate(rows, request)] == [one.encode() for one in expected]
 
 
-def test_several_gpus_of_an_actor_share_its_model(build, model_path, rows, monkeypatch):
+def test_several_gpus_of_an_actor_share_its_model(build, model_path, rows):
     """A machine without any: `auto` finds the CPU then, where a plain move to "cuda" would fail."""
     if torch.cuda.is_available():
         pytest.skip("this is about a machine without CUDA")
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises((AssertionError, RuntimeError)):
         spread(model_path, None, device="cuda")
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    found = spread(model_path, None, device="cuda").annotate(rows, Request(top_k=8))
+    found = spread(model_path, None, device="cuda", is_spread=True).annotate(rows, Request(top_k=8))
     assert [one.encode() for one in found] == [one.encode() for one in build().annotate(rows, Request(top_k=8))]
 
 

@@ -30,8 +30,17 @@ def test_lines_of_a_run_from_before_there_were_several_teachers_still_count(tmp_
 
 def test_a_pool_is_averaged_over_the_time_in_which_it_had_actors(tmp_path):
     journal = Journal(tmp_path, POOLS)
-    for time, actors, queue in ((0.0, 0, 9), (10.0, 2, 4), (20.0, 1, 0), (50.0, 0, 0)):
+    for time, actors, queue in ((0.0, 0, 9), (4.0, 2, 4), (6.0, 1, 0), (12.0, 0, 0), (99.0, 0, 0)):
         journal.add({"teacher": "", "time": time, "actors": actors, "queue": queue})
     (pool,) = read_pools(tmp_path)
     assert (pool.most_actors, pool.mean_actors, pool.mean_queue) == (2, 1.25, 1.0)
     assert read_pools(tmp_path / "none") == []
+
+
+def test_a_pool_that_was_killed_is_not_counted_while_the_run_stood_still(tmp_path):
+    for start, actors in ((0.0, 4), (90000.0, 2)):  # no closing line
+        journal = Journal(tmp_path, POOLS)
+        for second in range(0, 40, 5):
+            journal.add({"teacher": "", "time": start + second, "actors": actors, "queue": 0})
+    (pool,) = read_pools(tmp_path)
+    assert pool.mean_actors == pytest.approx((45 * 4 + 35 * 2) / 80)

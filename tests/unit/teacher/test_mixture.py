@@ -108,7 +108,7 @@ def test_answers_that_do_not_belong_together_are_refused():
 
 def fake(**options):
     engine = {"kind": "fake", "vocab_size": VOCAB, **options}
-    return EngineSpec(engine, "teacher", None, "auto", 2, on_gpu=False, threads=1)
+    return EngineSpec(engine, "teacher", None, "auto", 2, num_gpus=0, threads=1)
 
 
 def routed(num_rows, routes):

@@ -27,7 +27,7 @@ def block(num_rows, length):
 
 @pytest.mark.parametrize(("wire", "magic"), [("plain", b"RKTK"), ("compact", b"RKTC")])
 def test_answers_travel_on_the_wire_that_was_asked_for(tmp_path, wire, magic):
-    spec = EngineSpec({"kind": "fake", "vocab_size": VOCAB}, "teacher", None, "auto", 2, on_gpu=False, threads=1)
+    spec = EngineSpec({"kind": "fake", "vocab_size": VOCAB}, "teacher", None, "auto", 2, num_gpus=0, threads=1)
     rows = TeacherStage(spec, Request(top_k=16), str(tmp_path), wire)(block(3, 128))
     payloads = rows.column(schema.TEACHER_PAYLOAD).to_pylist()
     assert [payload[:4] for payload in payloads] == [magic, magic, b""]
