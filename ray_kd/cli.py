@@ -140,14 +140,18 @@ def export(argv: list[str]) -> int:
     parser = Parser("export", description=export.__doc__)
     parser.add_argument("run_dir", help="the run folder")
     parser.add_argument("out_dir", help="the folder to write; must not exist")
-    parser.add_argument("--step", type=int, help="the checkpoint's step (default: the newest verified one)")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--step", type=int, help="the checkpoint's step (default: the newest verified one)")
+    which.add_argument("--best", action="store_true", help="the checkpoint with the lowest held-out KL")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"),
                         help="type of the weights (default: the run's student.dtype)")  # fmt: skip
     options = parser.parse_args(argv)
     from ray_kd import results
 
-    config = _config_of_run(storage.path(options.run_dir))
-    step = results.export(config, storage.path(options.out_dir), step=options.step, dtype=options.dtype)
+    run_dir = storage.path(options.run_dir)
+    config = _config_of_run(run_dir)
+    step = results.best_step(run_dir) if options.best else options.step
+    step = results.export(config, storage.path(options.out_dir), step=step, dtype=options.dtype)
     print(f"step {step} of {options.run_dir} -> {options.out_dir}")
     return EXIT_DONE
 
