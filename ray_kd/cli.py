@@ -16,7 +16,7 @@ from typing import NoReturn
 
 from ray_kd import config as configuration
 from ray_kd import plugins, storage
-from ray_kd.errors import EXIT_BUG, EXIT_DONE, ConfigError, RayKDError, RetryableError
+from ray_kd.errors import EXIT_BUG, EXIT_DONE, ConfigError, DataError, RayKDError, RetryableError
 
 logger = logging.getLogger("ray_kd")
 
@@ -156,12 +156,31 @@ def export(argv: list[str]) -> int:
     return EXIT_DONE
 
 
+def doctor(argv: list[str]) -> int:
+    """Examine a run folder: what is there, what is damaged, whether the run can go on, and from which step."""
+    parser = Parser(
+        "doctor", description=doctor.__doc__, epilog=f"exit code {DataError.exit_code}: something is broken"
+    )
+    parser.add_argument("run_dir", help="the run folder")
+    parser.add_argument(
+        "--fix", action="store_true", help="remove leftovers and move what is damaged aside; not while the run is on"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
+    options = parser.parse_args(argv)
+    from ray_kd.doctor import examine
+
+    report = examine(storage.path(options.run_dir), fix=options.fix)
+    print(json.dumps(report.to_dict()) if options.json else report)
+    return DataError.exit_code if report.is_broken else EXIT_DONE
+
+
 JOBS: dict[str, Callable[[list[str]], int]] = {
     "distill": distill,
     "prepare_data": prepare_data,
     "cache_teacher": cache_teacher,
     "evaluate": evaluate,
     "export": export,
+    "doctor": doctor,
 }
 
 
