@@ -13,6 +13,7 @@ On every rank:                                       on rank 0, after a barrier:
 """
 
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -29,6 +30,7 @@ from ray_kd.errors import RetryableError
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 STATE = "state.json"
+DAMAGED = "damaged"
 _TMP = ".tmp-"
 _STEP_FOLDER = re.compile(r"step_(\d{8,})")
 
@@ -213,19 +215,35 @@ def read_state(folder: Path) -> dict[str, Any]:
     return document
 
 
-def sweep(root: Path) -> list[str]:
-    """Remove what killed attempts left: temporary folders, and step folders without a manifest. Returns their names.
-
-    Call at start, by the one process that owns the run, before any rank writes. Other names are left alone.
-    """
-    orphans = [
+def orphans(root: Path) -> list[Path]:
+    """What killed attempts left, or a living one is writing: temporary folders, step folders without a manifest."""
+    return [
         path
         for path in storage.children(root)
         if path.name.startswith(_TMP) or (_STEP_FOLDER.fullmatch(path.name) and not (path / MANIFEST).exists())
     ]
-    for path in orphans:
+
+
+def sweep(root: Path) -> list[str]:
+    """Remove the orphans and return their names.
+
+    Call at start, by the one process that owns the run, before any rank writes. Other names are left alone.
+    """
+    found = orphans(root)
+    for path in found:
         storage.remove(path)
-    return [path.name for path in orphans]
+    return [path.name for path in found]
+
+
+def set_aside(folder: Path) -> Path:
+    """Move a checkpoint to DAMAGED beside it, where nothing here looks for one; returns where it is now."""
+    home = folder.parent / DAMAGED
+    storage.make_folder(home)
+    taken = {path.name for path in storage.children(home)}
+    names = itertools.chain([folder.name], (f"{folder.name}-{count}" for count in itertools.count(2)))
+    target = home / next(name for name in names if name not in taken)
+    storage.move_folder(folder, target, first=MANIFEST)
+    return target
 
 
 def rotate(root: Path, newest: int, keep_last: int, keep: Collection[int] = ()) -> list[int]:

@@ -16,7 +16,7 @@ from typing import NoReturn
 
 from ray_kd import config as configuration
 from ray_kd import plugins, storage
-from ray_kd.errors import EXIT_BUG, EXIT_DONE, ConfigError, RayKDError, RetryableError
+from ray_kd.errors import EXIT_BUG, EXIT_DONE, ConfigError, DataError, RayKDError, RetryableError
 
 logger = logging.getLogger("ray_kd")
 
@@ -140,16 +140,38 @@ def export(argv: list[str]) -> int:
     parser = Parser("export", description=export.__doc__)
     parser.add_argument("run_dir", help="the run folder")
     parser.add_argument("out_dir", help="the folder to write; must not exist")
-    parser.add_argument("--step", type=int, help="the checkpoint's step (default: the newest verified one)")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--step", type=int, help="the checkpoint's step (default: the newest verified one)")
+    which.add_argument("--best", action="store_true", help="the checkpoint with the lowest held-out KL")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"),
                         help="type of the weights (default: the run's student.dtype)")  # fmt: skip
     options = parser.parse_args(argv)
     from ray_kd import results
 
-    config = _config_of_run(storage.path(options.run_dir))
-    step = results.export(config, storage.path(options.out_dir), step=options.step, dtype=options.dtype)
+    run_dir = storage.path(options.run_dir)
+    config = _config_of_run(run_dir)
+    step = results.best_step(run_dir) if options.best else options.step
+    step = results.export(config, storage.path(options.out_dir), step=step, dtype=options.dtype)
     print(f"step {step} of {options.run_dir} -> {options.out_dir}")
     return EXIT_DONE
+
+
+def doctor(argv: list[str]) -> int:
+    """Examine a run folder: what is there, what is damaged, whether the run can go on, and from which step."""
+    parser = Parser(
+        "doctor", description=doctor.__doc__, epilog=f"exit code {DataError.exit_code}: something is broken"
+    )
+    parser.add_argument("run_dir", help="the run folder")
+    parser.add_argument(
+        "--fix", action="store_true", help="remove leftovers and move what is damaged aside; not while the run is on"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
+    options = parser.parse_args(argv)
+    from ray_kd.doctor import examine
+
+    report = examine(storage.path(options.run_dir), fix=options.fix)
+    print(json.dumps(report.to_dict()) if options.json else report)
+    return DataError.exit_code if report.is_broken else EXIT_DONE
 
 
 JOBS: dict[str, Callable[[list[str]], int]] = {
@@ -158,6 +180,7 @@ JOBS: dict[str, Callable[[list[str]], int]] = {
     "cache_teacher": cache_teacher,
     "evaluate": evaluate,
     "export": export,
+    "doctor": doctor,
 }
 
 

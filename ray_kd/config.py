@@ -193,6 +193,8 @@ class Train:
     """Steps between checkpoints; the last step is always saved."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept."""
+    keep_best: bool = True
+    """Keep the checkpoint with the lowest held-out KL too, of those whose step was evaluated (export --best)."""
     eval_every: int = 100
     """Steps between evaluations on the held-out rows; 0 evaluates only before and after."""
     log_every: int = 1

@@ -1,6 +1,6 @@
 """Errors with a documented exit code: what a job prints is one line, what it returns is the code.
 
-0 done, 64 the user's input or configuration, 65 no usable records or too many bad ones,
+0 done, 64 the user's input or configuration, 65 no usable records, too many bad ones, or a damaged run folder (doctor),
 70 a bug of ours, 75 infrastructure or an interruption: the same command continues the run.
 """
 

@@ -87,6 +87,29 @@ def writer_lock(run_dir: Path) -> Iterator[Held]:
         yield Held()
 
 
+def holders(run_dir: Path) -> list[str]:
+    """Who holds the run folder now, in words. Writes nothing.
+
+    On a disk this takes the locks for an instant. In an object store it waits for two beats where there is a lease: one
+    that does not change in that time is not of a living holder, or of one that stands still.
+    """
+    if storage.is_remote(run_dir):
+        if before := _leases(run_dir):
+            time.sleep(2 * BEAT_S)
+        return [json.loads(text)["holder"] for name, text in _leases(run_dir).items() if before.get(name) != text]
+    found = []
+    for name in (_DRIVER, _WRITERS):
+        if not (run_dir / name).exists():
+            continue
+        # NFS wants a file that is open for writing; a disk does not, and who asks may have no right to write.
+        with (run_dir / name).open("r+" if os.access(run_dir / name, os.W_OK) else "r") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                found.append(f"driver {lock.read().strip()}" if name == _DRIVER else "train workers")
+    return found
+
+
 def _wait_for_writers(run_dir: Path, timeout_s: float) -> None:
     deadline = time.monotonic() + timeout_s
     with (run_dir / _WRITERS).open("a+") as lock:

@@ -15,6 +15,7 @@ from ray_kd.errors import ConfigError, DataError
 from ray_kd.heldout import HeldOut, evaluate_model
 from ray_kd.teacher.mixture import parts_of
 from ray_kd.teacher.stage import EngineSpec
+from ray_kd.trainer import best
 from ray_kd.trainer.loop import CHECKPOINTS
 
 logger = logging.getLogger(__name__)
@@ -28,6 +29,16 @@ def finish(config: RunConfig, run_dir: Path) -> None:
     path = run_dir / run_folder.SAMPLES
     if config.eval.prompts and not path.exists():
         run_folder.write_json(path, {"samples": sample(config, str(final))})
+
+
+def best_step(run_dir: Path) -> int:
+    """Step of the run's checkpoint with the lowest held-out KL. Raises ConfigError when none was evaluated."""
+    step = best.best_step(run_dir / CHECKPOINTS)
+    if step is None:
+        raise ConfigError(
+            f"run '{run_dir}' has no checkpoint whose step was evaluated: export the newest, or one with --step"
+        )
+    return step
 
 
 def export(config: RunConfig, out_dir: Path, *, step: int | None = None, dtype: str | None = None) -> int:
@@ -64,7 +75,7 @@ def export(config: RunConfig, out_dir: Path, *, step: int | None = None, dtype: 
             tokenizer_path=student_path,
             revision=config.student.revision,
             dtype=dtype or config.student.dtype,
-            card=_card(config, run_dir),
+            card=_card(config, run_dir, int(document["step"])),
         )
     return int(document["step"])
 
@@ -169,7 +180,7 @@ def _final(run_dir: Path) -> Path:
     return final
 
 
-def _card(config: RunConfig, run_dir: Path) -> str:
+def _card(config: RunConfig, run_dir: Path, step: int) -> str:
     from ray_kd import models
     from ray_kd.export import model_card
 
@@ -188,7 +199,7 @@ def _card(config: RunConfig, run_dir: Path) -> str:
             "data": config.data.license or "unknown",
         },
         config_yaml=to_yaml(config),
-        metrics=summary.evaluation(run_dir),
+        metrics=summary.evaluation(run_dir, last_step=step),
     )
 
 

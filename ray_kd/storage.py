@@ -236,6 +236,15 @@ def remove(folder: Path, first: str | None = None) -> None:
         fs.rm([f"{root}/{name}" for name in names])
 
 
+def move_folder(source: Path, target: Path, first: str | None = None) -> None:
+    """Give a folder another name on its disk or in its store; first: as in `remove`."""
+    if not is_remote(source):
+        source.rename(target)
+        return
+    copy_files(source, target, sizes(source))
+    remove(source, first)
+
+
 @contextmanager
 def drafted_file(target: Path) -> Iterator[Path]:
     """A local file to write: target itself on a disk, else one that is put there when the block ends well."""

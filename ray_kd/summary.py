@@ -128,13 +128,15 @@ def _short(value: float) -> str:
     return f"{value:,.3f}" if value < 1e6 else f"{value:.3g}"
 
 
-def evaluation(run_dir: Path) -> dict[str, Any] | None:
-    """Held-out metrics before training and at the newest evaluation; None without eval data."""
+def evaluation(run_dir: Path, last_step: int | None = None) -> dict[str, Any] | None:
+    """Held-out metrics before training and at the newest evaluation up to last_step; None without eval data."""
     path = run_dir / EVAL_BEFORE
     if not path.exists():
         return None
     before = json.loads(storage.read_text(path))
     after = before
     for line in read_metrics(run_dir / METRICS):
+        if last_step is not None and line["step"] > last_step:
+            break
         after = {key.removeprefix("eval/"): v for key, v in line.items() if key.startswith("eval/")} or after
     return {"before": before, "after": after}

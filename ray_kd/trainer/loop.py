@@ -218,6 +218,7 @@ def _save(
     from ray.train import Checkpoint, CheckpointUploadMode
 
     from ray_kd import checkpoint
+    from ray_kd.trainer.best import best_step
     from ray_kd.trainer.fragments import save_fragments
     from ray_kd.trainer.rng import save_rng
 
@@ -236,7 +237,8 @@ def _save(
         merged = {name: record for each in hashes for name, record in each.items()}
         next_slot = step * spec.train.global_batch_size
         folder = [str(checkpoint.commit(tmp, root, step, next_slot, state, merged))]
-        checkpoint.rotate(root, newest=step, keep_last=spec.train.keep_checkpoints)
+        best = best_step(root, last=step) if spec.train.keep_best else None
+        checkpoint.rotate(root, step, keep_last=spec.train.keep_checkpoints, keep=() if best is None else (best,))
     dist.broadcast_object_list(folder, src=0)
     # The folder already lies in Train's experiment directory (the run folder), so nothing is copied.
     ray.train.report(

@@ -25,6 +25,7 @@ LAYERS = (
         "heldout",
         "summary",
         "results",
+        "doctor",
         "validate",
         "teacher_cache",
     },

@@ -118,6 +118,7 @@ FREE = [
     "train.micro_batch_size=2",
     "train.checkpoint_every=5",
     "train.keep_checkpoints=1",
+    "train.keep_best=false",
     "train.eval_every=5",
     "train.log_every=5",
     "train.max_failures=0",
