@@ -120,6 +120,7 @@ FREE = [
     "train.keep_checkpoints=1",
     "train.eval_every=5",
     "train.log_every=5",
+    "train.max_bad_steps=0",
     "train.max_failures=0",
     "train.threads_per_worker=1",
     "train.timeout_s=60",
