@@ -199,6 +199,8 @@ class Train:
     """Steps between evaluations on the held-out rows; 0 evaluates only before and after."""
     log_every: int = 1
     """Steps between lines of metrics.jsonl; the last step is always logged."""
+    max_bad_steps: int = 3
+    """Steps in a row whose loss or gradient is not finite that are skipped; one more ends the run (exit code 64)."""
     max_failures: int = 3
     """Worker-group restarts before the run gives up; each goes on from the newest checkpoint."""
     threads_per_worker: int | None = None

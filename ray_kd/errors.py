@@ -2,6 +2,8 @@
 
 0 done, 64 the user's input or configuration, 65 no usable records, too many bad ones, or a damaged run folder (doctor),
 70 a bug of ours, 75 infrastructure or an interruption: the same command continues the run.
+Too many bad steps in a row (`train.max_bad_steps`) are 64: the same command would meet the same numbers, and what
+changes them is a setting or the data.
 """
 
 EXIT_DONE = 0

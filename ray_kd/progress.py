@@ -87,7 +87,8 @@ class Progress:
 
     def _text(self, now: float) -> str:
         step = self._newest["step"]
-        parts = [f"step {step}/{self._num_steps}", f"loss {self._newest['train/loss']:.3f}"]
+        loss = self._newest["train/loss"]
+        parts = [f"step {step}/{self._num_steps}", "loss not finite" if loss is None else f"loss {loss:.3f}"]
         if self._kl is not None:
             parts.append(f"held-out KL {self._kl:.3f}")
         parts.append(f"{self._newest['train/tokens_per_second']:,.0f} tokens/s")

@@ -66,6 +66,7 @@ def build(run_dir: Path, planned: Planned, exit_code: int) -> dict[str, Any]:
         "teacher_actors": [actor.report() for actor in teacher_rows.actors],
         "steps": totals.steps,
         "steps_skipped": totals.steps_skipped,
+        "bad_steps": totals.bad_steps,
         "epochs": rows_consumed / max(1, planned.rows_prepared),
         "tokens": totals.tokens,
         "target_tokens": totals.target_tokens,
@@ -81,8 +82,11 @@ def build(run_dir: Path, planned: Planned, exit_code: int) -> dict[str, Any]:
 
 def describe(summary: dict[str, Any]) -> str:
     """What the run achieved, in a few lines for a person."""
+    bad_steps = summary.get("bad_steps", 0)  # runs of earlier versions did not count them
+    skipped = f" ({bad_steps} bad, skipped)" if bad_steps else ""
     lines = [
-        f"{summary['steps']} steps, {summary['tokens']:,} tokens at {summary['tokens_per_second']:,.0f} tokens/s, "
+        f"{summary['steps']} steps{skipped}, "
+        f"{summary['tokens']:,} tokens at {summary['tokens_per_second']:,.0f} tokens/s, "
         f"teacher wait {summary['teacher_wait_fraction']:.1%}, {summary['restarts']} restarts",
         f"rows: {summary['rows_consumed']:,} trained of {summary['rows_planned']:,} planned, "
         f"{summary['rows_missing']} missing, {summary['rows_duplicated']} duplicated, "

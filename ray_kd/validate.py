@@ -45,8 +45,8 @@ _AT_LEAST = {
     "train.gpus_per_worker": 0, "train.micro_batch_size": 1, "train.global_batch_size": 1, "train.epochs": 1,
     "train.max_steps": 1, "train.warmup_steps": 0, "train.weight_decay": 0, "train.max_grad_norm": 0,
     "train.checkpoint_every": 0, "train.keep_checkpoints": 1, "train.eval_every": 0, "train.log_every": 1,
-    "train.max_failures": 0, "train.threads_per_worker": 1, "eval.max_rows": 0, "eval.batch_size": 1,
-    "eval.max_new_tokens": 1, "cluster.wait_s": 0, "run.seed": 0,
+    "train.max_bad_steps": 0, "train.max_failures": 0, "train.threads_per_worker": 1, "eval.max_rows": 0,
+    "eval.batch_size": 1, "eval.max_new_tokens": 1, "cluster.wait_s": 0, "run.seed": 0,
 }  # fmt: skip
 _POSITIVE = (
     "teacher.pool.num_cpus", "train.cpus_per_worker", "train.learning_rate", "train.timeout_s", "loss.temperature",

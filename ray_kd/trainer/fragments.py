@@ -61,6 +61,27 @@ def master_twins(engine: Any) -> dict[int, torch.Tensor]:
     }
 
 
+def scaler_state(engine: Any) -> dict[str, float] | None:
+    """What the fp16 loss scale is and depends on; None in other dtypes."""
+    if not engine.fp16_enabled():
+        return None
+    scaler = _scaler(engine)
+    return {name: getattr(scaler, name) for name in _SCALER_FIELDS if hasattr(scaler, name)}
+
+
+def load_scaler_state(engine: Any, state: Mapping[str, float]) -> None:
+    """Put the fp16 loss scale back, as far as this stage's scaler has the fields."""
+    scaler = _scaler(engine)
+    for name, value in state.items():
+        if hasattr(scaler, name):
+            setattr(scaler, name, value)
+
+
+def _scaler(engine: Any) -> Any:
+    optimizer = engine.optimizer
+    return optimizer.loss_scaler if hasattr(optimizer, "loss_scaler") else optimizer.loss_scale_config
+
+
 def iter_fragments(engine: Any, named_parameters: Iterable[tuple[str, nn.Parameter]]) -> Iterator[Fragment]:
     """What this rank holds of each trainable parameter, in the order given.
 
@@ -127,7 +148,7 @@ def save_fragments(engine: Any, module: nn.Module, folder: Path, rank: int, worl
         "optimizer_step": _optimizer_step(engine),
         "global_steps": engine.global_steps,
         "skipped_steps": engine.skipped_steps,
-        "loss_scaler": _scaler_state(engine),
+        "loss_scaler": scaler_state(engine),
         "parameters": _shapes(module),
         "files": files,
     }
@@ -164,10 +185,7 @@ def load_fragments(engine: Any, module: nn.Module, folder: Path) -> None:
     _refresh_working_weights(engine)
 
     if engine.fp16_enabled() and record["loss_scaler"]:
-        scaler = _scaler(engine)
-        for name, value in record["loss_scaler"].items():
-            if hasattr(scaler, name):
-                setattr(scaler, name, value)
+        load_scaler_state(engine, record["loss_scaler"])
     engine.global_steps = record["global_steps"]
     engine.skipped_steps = record["skipped_steps"]
     engine.global_samples = engine.global_steps * engine.train_batch_size()
@@ -278,18 +296,6 @@ def _optimizer_step(engine: Any) -> int:
     steps = {int(state["step"]) for state in inner_optimizer(engine).state.values()}
     assert len(steps) <= 1, f"parameters are at different steps: {sorted(steps)}"
     return steps.pop() if steps else 0
-
-
-def _scaler(engine: Any) -> Any:
-    optimizer = engine.optimizer
-    return optimizer.loss_scaler if hasattr(optimizer, "loss_scaler") else optimizer.loss_scale_config
-
-
-def _scaler_state(engine: Any) -> dict[str, float] | None:
-    if not engine.fp16_enabled():
-        return None
-    scaler = _scaler(engine)
-    return {name: getattr(scaler, name) for name in _SCALER_FIELDS if hasattr(scaler, name)}
 
 
 def _shapes(module: nn.Module) -> dict[str, list[int]]:

@@ -26,7 +26,8 @@ class Totals:
     payload_nbytes: int = 0
     rows_duplicated: int = 0
     rows_refused: int = 0  # slots whose teacher answer was refused
-    steps_skipped: int = 0  # fp16 overflow
+    steps_skipped: int = 0  # not applied: bad, or fp16 overflow
+    bad_steps: int = 0  # loss or gradient not finite
     wall_s: float = 0.0  # evaluation included
     step_s: float = 0.0  # waiting for rows and training on them
     timed_step_s: float = 0.0  # step_s without the first step of each attempt, which waits for the start-up
@@ -40,6 +41,8 @@ class Ledger:
     num_rows: int  # of one epoch
     num_planned_rows: int  # (epoch, row) pairs of the whole run
     totals: Totals = field(default_factory=Totals)
+    bad_in_a_row: list[int] = field(default_factory=list)
+    """The bad steps since the last one that was applied."""
 
     def __post_init__(self) -> None:
         num_epochs = -(-self.num_planned_rows // self.num_rows)
@@ -51,7 +54,10 @@ class Ledger:
         return int(self._trained.sum())
 
     def add(self, result: "StepResult", *, step_s: float, wait_s: float, is_timed: bool) -> None:
-        """Count one step: its rows, its tokens, the seconds it took and of those the seconds waited for rows."""
+        """Count one step: its rows, its tokens, the seconds it took and of those the seconds waited for rows.
+
+        The rows of a bad step count as trained: they had their turn.
+        """
         epochs = result.slots[result.is_trained] // self.num_rows
         pairs = epochs * self.num_rows + result.row_ids[result.is_trained]
         self.totals.rows_duplicated += int(self._trained[pairs].sum()) + len(pairs) - len(np.unique(pairs))
@@ -59,6 +65,11 @@ class Ledger:
         self.totals.rows_refused += int((~result.is_trained & (result.row_ids >= 0)).sum())
         self.totals.steps += 1
         self.totals.steps_skipped += not result.is_applied
+        self.totals.bad_steps += result.is_bad
+        if result.is_bad:
+            self.bad_in_a_row.append(self.totals.steps)
+        elif result.is_applied:
+            self.bad_in_a_row.clear()
         self.totals.tokens += result.num_tokens
         self.totals.target_tokens += result.num_valid_tokens
         self.totals.payload_nbytes += result.payload_nbytes
@@ -74,12 +85,14 @@ class Ledger:
             "totals": asdict(self.totals),
             "rows_consumed": self.rows_consumed,
             "trained": base64.b64encode(packed).decode(),
+            "bad_in_a_row": self.bad_in_a_row,
         }
 
     @classmethod
     def from_state(cls, num_rows: int, num_planned_rows: int, state: dict[str, Any]) -> "Ledger":
         """What `state` returned, for the same run."""
-        ledger = cls(num_rows, num_planned_rows, Totals(**state["totals"]))
+        # A checkpoint from before steps could be bad has none.
+        ledger = cls(num_rows, num_planned_rows, Totals(**state["totals"]), list(state.get("bad_in_a_row", [])))
         packed = np.frombuffer(zlib.decompress(base64.b64decode(state["trained"])), dtype=np.uint8)
         ledger._trained = np.unpackbits(packed, count=len(ledger._trained)).astype(np.bool_)
         return ledger

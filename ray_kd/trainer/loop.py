@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray_kd import refusal, storage
 from ray_kd.config import RunConfig, Student, Train
+from ray_kd.errors import ConfigError
 from ray_kd.locks import Held, writer_lock
 from ray_kd.payloads import TOPK_LOGPROBS
 from ray_kd.trainer.feed import Expected, Feed
@@ -98,6 +99,7 @@ def _train(spec: TrainSpec, feed: Feed, held: Held, rank: int, world: int) -> No
     if evaluate is not None and first_step == 1:
         _evaluate_before(run_dir, engine, evaluate, rank)
 
+    saved_step = first_step - 1
     with _Recorder(run_dir, first_step, rank) as recorder:
         for step in range(first_step, spec.num_steps + 1):
             start = time.perf_counter()
@@ -109,12 +111,10 @@ def _train(spec: TrainSpec, feed: Feed, held: Held, rank: int, world: int) -> No
             )  # fmt: skip
             zero.set_learning_rate(engine, rate)
             result = train_step(engine, micro_batches, device, stop=stop_flag.is_set())
-            if not math.isfinite(result.metrics["loss"]):
-                raise FloatingPointError(
-                    f"loss {result.metrics['loss']} at step {step}: rows {result.row_ids.tolist()}"
-                )
             if result.has_refused:
-                _quarantine(run_dir, micro_batches, rank)
+                _quarantine_refused(run_dir, micro_batches, rank)
+            if result.is_bad and rank == 0:
+                _quarantine_step(run_dir, step, result)
             # The first step of an attempt waits for the teacher to load: it is not the teacher being slow.
             ledger.add(result, step_s=time.perf_counter() - start, wait_s=wait_s, is_timed=step > first_step)
 
@@ -123,12 +123,16 @@ def _train(spec: TrainSpec, feed: Feed, held: Held, rank: int, world: int) -> No
             is_evaluated = evaluate is not None and _is_due(step, options.eval_every, spec.num_steps)
             if evaluate is not None and is_evaluated:
                 metrics |= {f"eval/{name}": value for name, value in evaluate(engine).items()}
-            recorder.add(metrics, result, is_logged=is_last or is_evaluated or step % options.log_every == 0)
+            is_notable = is_last or is_evaluated or result.is_bad
+            recorder.add(metrics, result, is_logged=is_notable or step % options.log_every == 0)
             ledger.totals.wall_s += time.perf_counter() - start
+            if len(ledger.bad_in_a_row) > options.max_bad_steps:
+                raise _too_many_bad(ledger.bad_in_a_row, options.max_bad_steps, result, saved_step)
             if is_last or _is_due(step, options.checkpoint_every, spec.num_steps):
                 held.check()
                 recorder.publish()
                 _save(spec, engine, step, ledger, metrics, rank, world)
+                saved_step = step
             if is_last:
                 break
 
@@ -242,7 +246,7 @@ def _save(
     dist.broadcast_object_list(folder, src=0)
     # The folder already lies in Train's experiment directory (the run folder), so nothing is copied.
     ray.train.report(
-        {"step": step, "loss": metrics["train/loss"]},
+        {"step": step, "loss": _finite(metrics)["train/loss"]},
         checkpoint=Checkpoint(*storage.for_arrow(storage.path(folder[0]))),
         checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
     )
@@ -269,7 +273,7 @@ def _check_slots(micro_batches: Sequence["MicroBatch"], step: int, global_batch_
         assert is_right.all(), f"step {step} got slots {micro_batch.slots.tolist()} at batch size {global_batch_size}"
 
 
-def _quarantine(run_dir: Path, micro_batches: Sequence["MicroBatch"], rank: int) -> None:
+def _quarantine_refused(run_dir: Path, micro_batches: Sequence["MicroBatch"], rank: int) -> None:
     """Append the rows whose teacher answer was refused, once each, from all ranks. A collective."""
     import torch.distributed as dist
 
@@ -282,10 +286,43 @@ def _quarantine(run_dir: Path, micro_batches: Sequence["MicroBatch"], rank: int)
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, own)
     if rank == 0:
-        path = run_dir / QUARANTINE
-        known = set(storage.read_lines(path))
-        lines = [json.dumps(record) + "\n" for records in everyone for record in records]
-        storage.append_text(path, "".join(line for line in lines if line not in known))
+        _append_new(run_dir / QUARANTINE, [record for records in everyone for record in records])
+
+
+def _quarantine_step(run_dir: Path, step: int, result: "StepResult") -> None:
+    """Append the rows of a bad step: which of them it was is not known."""
+    # No numbers: a step done again after a resume, perhaps on another number of workers, must give the same lines.
+    what = "gradient" if math.isfinite(result.metrics["loss"]) else "loss"
+    rows = zip(result.slots[result.is_trained], result.row_ids[result.is_trained], strict=True)
+    records = [
+        {"source": "step", "step": step, "slot": int(slot), "row_id": int(row_id),
+         "reason": f"the {what} of its step is not finite"}
+        for slot, row_id in rows
+    ]  # fmt: skip
+    _append_new(run_dir / QUARANTINE, records)
+
+
+def _append_new(path: Path, records: Sequence[dict[str, Any]]) -> None:
+    """Append the records that the file does not have yet: a resumed run comes by its rows again."""
+    known = set(storage.read_lines(path))
+    lines = [json.dumps(record) + "\n" for record in records]
+    storage.append_text(path, "".join(line for line in lines if line not in known))
+
+
+def _too_many_bad(steps: Sequence[int], allowed: int, result: "StepResult", saved_step: int) -> ConfigError:
+    """The same command would come to the same numbers: it is the user who can change something."""
+    rows = result.row_ids[result.is_trained].tolist()
+    checkpoint = f"the checkpoint of step {saved_step} is good" if saved_step else "there is no checkpoint yet"
+    return ConfigError(
+        f"loss or gradient were not finite in more than train.max_bad_steps={allowed} steps in a row: {_some(steps)} "
+        f"(the last: loss {result.metrics['loss']:.4g}, gradient norm {result.grad_norm:.4g}, rows {_some(rows)}); "
+        f"{checkpoint}. No weights were changed by them; {QUARANTINE} lists their rows. With a larger "
+        f"train.max_bad_steps the run goes on; with other data, learning rate or dtype it is a new one"
+    )
+
+
+def _some(numbers: Sequence[int], most: int = 8) -> str:
+    return ", ".join(map(str, numbers[:most])) + (", ..." if len(numbers) > most else "")
 
 
 def _metrics(step: int, result: "StepResult", rate: float, wait_s: float, spec: TrainSpec) -> dict[str, Any]:

@@ -73,7 +73,8 @@ class StepResult:
 
     metrics: dict[str, float]
     grad_norm: float  # before clipping
-    is_applied: bool  # False when the optimiser skipped the step (fp16 overflow)
+    is_applied: bool  # False when the step changed nothing: it is bad, or the fp16 loss scale fell
+    is_bad: bool  # its loss or gradient is not finite
     num_valid_tokens: int
     num_tokens: int
     payload_nbytes: int
@@ -118,14 +119,15 @@ def train_step(engine: Any, micro_batches: Sequence["MicroBatch"], device: torch
         zero.backward(engine, loss, dist.get_world_size())
         for name in METRICS:
             sums[name] = sums[name] + engine.module.metrics[name].detach().double()
-    grad_norm, is_applied = zero.step(engine)
+    totals = dict(zip(sums, all_reduce([float(value) for value in sums.values()], device), strict=True))
+    grad_norm, is_applied, is_bad = zero.step(engine, totals["loss"])
 
-    totals = all_reduce([float(value) for value in sums.values()], device)
     slots, row_ids, is_trained = _gather_rows(micro_batches, device)
     return StepResult(
-        metrics=dict(zip(sums, totals, strict=True)),
+        metrics=totals,
         grad_norm=grad_norm,
         is_applied=is_applied,
+        is_bad=is_bad,
         num_valid_tokens=int(valid),
         num_tokens=int(tokens),
         payload_nbytes=int(nbytes),

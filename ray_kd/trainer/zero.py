@@ -6,7 +6,7 @@
         for each of gradient_accumulation_steps micro-batches:
             loss = engine(...)                  # sum over this micro-batch's tokens / valid tokens of the global batch
             backward(engine, loss, world)
-        grad_norm, applied = step(engine)
+        outcome = step(engine, loss)            # loss: the step's, over all micro-batches and ranks
 
 All ranks must run the same number of micro-batches, empty ones included (forward and backward both), or DeepSpeed
 hangs. Checkpoints: `fragments.py`. Checked with deepspeed 0.19.8, held by `tests/integration/test_zero.py`.
@@ -20,12 +20,12 @@ import sys
 import warnings
 from collections.abc import Mapping
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from ray_kd.trainer.fragments import inner_optimizer
+from ray_kd.trainer.fragments import inner_optimizer, load_scaler_state, scaler_state
 
 _MUON = "deepspeed.runtime.zero.muon.original_muon"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -162,6 +162,9 @@ def initialize(
         for name, parameter in module.named_parameters():
             if "lm_head." in name:
                 deepspeed.zero.register_external_parameter(module, parameter)
+    if engine.fp16_enabled() and engine.zero_optimization_stage() > 0:
+        # At the smallest loss scale it would end the run; that is for the caller to decide, by `Outcome.is_bad`.
+        engine.optimizer.loss_scaler.raise_error_at_min_scale = False
     # DeepSpeed's own counter does not tell "before the last backward" from "after it"; see `step`.
     engine.ray_kd_micro_batches = 0
     return engine
@@ -180,6 +183,8 @@ def backward(engine: Any, loss: torch.Tensor, world_size: int) -> None:
     gradient is the plain sum over micro-batches and ranks. DeepSpeed divides by the accumulation steps and averages
     over ranks; both are undone here and nowhere else. (`scale_wrt_gas=False` would be the tool for the former, but
     0.19 divides anyway at stage 0 when given the forward's own output.) AssertionError for one micro-batch too many.
+
+    A loss that is not finite gets a gradient that is not either, so that `step` leaves the step out on every rank.
     """
     assert engine.ray_kd_micro_batches < engine.gradient_accumulation_steps(), "all micro-batches of the step are done"
     factor = float(world_size * engine.gradient_accumulation_steps())
@@ -187,31 +192,52 @@ def backward(engine: Any, loss: torch.Tensor, world_size: int) -> None:
         # Upstream bug: engine.backward scales fp16 losses for the ZeRO optimizers only, yet stage 0's wrapper divides
         # the gradient by the scale: Adam saw gradients 65536 times too small, next to its eps, and never clipped.
         factor *= engine.optimizer.loss_scale
-    engine.backward(loss.float() * factor)  # an fp16 loss would overflow
+    loss = loss.float()  # an fp16 loss would overflow
+    # Infinite losses may have finite gradients (a label of probability 0): 0 * inf and 0 * NaN are NaN.
+    engine.backward(loss * (factor + 0 * loss.detach()))
     engine.ray_kd_micro_batches += 1
     if engine.ray_kd_micro_batches < engine.gradient_accumulation_steps():
         engine.step()  # away from the boundary it only counts the micro-batch
 
 
-def step(engine: Any) -> tuple[float, bool]:
-    """Clip and apply the accumulated gradient: (its global norm before clipping, whether it was applied).
+class Outcome(NamedTuple):
+    """What became of a step, the same on all ranks."""
 
-    A gradient that is not finite is not applied at any stage: (inf or nan, False), weights and moments as before.
+    grad_norm: float  # before clipping
+    is_applied: bool  # False: weights, moments and their step count are as before
+    is_bad: bool  # loss or gradient are not finite, and no smaller fp16 loss scale is left to try
+
+
+def step(engine: Any, loss: float) -> Outcome:
+    """Clip and apply the accumulated gradient, unless it or the loss (of all ranks and micro-batches) is not finite.
+
+    At any stage such a step is dropped, and only counted in the engine's global and skipped steps. In fp16 a gradient
+    may overflow because of the loss scale: then the scale falls, which is no bad step. It does not for a bad loss.
     Collective. AssertionError unless exactly gradient_accumulation_steps backwards came before.
     """
     done, wanted = engine.ray_kd_micro_batches, engine.gradient_accumulation_steps()
     assert done == wanted, f"step after {done} of {wanted} micro-batches"
     engine.ray_kd_micro_batches = 0
     if engine.optimizer is inner_optimizer(engine):
-        return _step_unwrapped(engine)
-    scale = engine.optimizer.loss_scale if engine.fp16_enabled() else 1.0
+        norm, is_applied = _step_unwrapped(engine)
+        return Outcome(norm, is_applied, is_bad=not is_applied)
+    before = scaler_state(engine)
     engine.step()
-    norm = float(engine.get_global_grad_norm())
-    if engine.fp16_enabled() and engine.zero_optimization_stage() == 0:
-        norm /= scale  # reported as it is in the scaled gradients
-    elif engine.fp16_enabled() and engine.zero_optimization_stage() == 3:
-        norm *= engine.optimizer.loss_scale / scale  # divided by the scale after its update
-    return norm, engine.was_step_applied()
+    norm, is_finite = float(engine.get_global_grad_norm()), engine.was_step_applied()
+    if before is None:
+        return Outcome(norm, is_finite, is_bad=not is_finite)
+    after = scaler_state(engine)
+    assert after is not None
+    if engine.zero_optimization_stage() == 0:
+        norm /= before["cur_scale"]  # reported as it is in the scaled gradients
+    elif engine.zero_optimization_stage() == 3:
+        norm *= after["cur_scale"] / before["cur_scale"]  # divided by the scale after its update
+    if not math.isfinite(loss):
+        load_scaler_state(engine, before)
+        return Outcome(norm, is_finite, is_bad=True)
+    # Hysteresis: so many overflows before the scale falls. The smallest scale, and a static one, stay.
+    has_fallen = any(after[name] < before[name] for name in ("cur_scale", "cur_hysteresis") if name in before)
+    return Outcome(norm, is_finite, is_bad=not is_finite and not has_fallen)
 
 
 def _step_unwrapped(engine: Any) -> tuple[float, bool]:

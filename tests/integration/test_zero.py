@@ -4,6 +4,7 @@ Ranks are processes of zero_worker.py, one group per world size; every wait has 
 """
 
 import json
+import math
 import os
 import queue
 import subprocess
@@ -235,19 +236,44 @@ def test_half_precision_differs_by_rounding_only(run: Runs, stage: int, dtype: s
     assert_close(half, run(1, "plain"), loss=3e-3, norm=2e-2, weight=None)
 
 
+@pytest.mark.parametrize("kind", ["both", "loss", "gradient"])
 @pytest.mark.parametrize(("dtype", "world"), [("float32", 1), ("float32", 2), ("bfloat16", 2), ("float16", 1)])
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_gradient_that_is_not_finite_is_not_applied(run: Runs, stage: int, dtype: str, world: int) -> None:
-    answer, out = run(world, "poison", stage=stage, dtype=dtype)
+def test_a_step_that_is_not_finite_was_never_there(run: Runs, stage: int, dtype: str, world: int, kind: str) -> None:
+    call: dict[str, Any] = {"stage": stage, "dtype": dtype}
+    answer, out = run(world, "poison", **call, kind=kind)
+    clean, clean_out = run(world, "poison", **call, kind="")
     good, bad, after = answer["steps"]
-    assert good["applied"]
-    assert not bad["applied"]
-    assert not bad["norm"] < float("inf")
-    assert after["applied"]
-    assert after["loss"] < float("inf")
+    is_overflow = dtype == "float16" and kind == "gradient"
+    assert (bad["applied"], bad["bad"]) == (False, not is_overflow)
+    assert math.isfinite(bad["loss"]) == (kind == "gradient")
+    assert not math.isfinite(bad["norm"])
     assert answer["counters"] == [3, 1, 2]
-    a, b = weights(out, "before"), weights(out, "after")
-    assert all(torch.equal(a[name], b[name]) for name in a)
+    before, untouched = weights(out, "before"), weights(out, "after")
+    assert all(torch.equal(before[name], untouched[name]) for name in before)
+    assert answer["again"] == after
+    if is_overflow:
+        assert after["applied"]  # rounded otherwise, by a smaller scale
+        return
+    assert [good, after] == clean["steps"]
+    assert_bitwise((after, out), (clean["steps"][-1], clean_out))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(
+    ("options", "bad"),
+    [
+        ({"initial_scale_power": 2, "hysteresis": 1}, [False, False, True, True]),  # 4, 2, and 1 is the smallest
+        ({"loss_scale": 4}, [True, True, True, True]),
+    ],
+)
+def test_an_fp16_overflow_is_bad_when_no_smaller_scale_is_left(
+    run: Runs, stage: int, options: dict[str, Any], bad: list[bool]
+) -> None:
+    first, *overflows = run(1, "overflow", stage=stage, options=options)[0]
+    assert (first["applied"], first["bad"]) == (True, False)
+    assert [step["applied"] for step in overflows] == [False] * 4
+    assert [step["bad"] for step in overflows] == bad
 
 
 @pytest.mark.parametrize("stage", STAGES)

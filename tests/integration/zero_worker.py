@@ -5,6 +5,7 @@ group runs many cases, for importing deepspeed takes seconds.
 """
 
 import json
+import math
 import os
 import random
 import sys
@@ -116,20 +117,28 @@ def small_scale(dtype: str) -> dict[str, Any]:
     return {"fp16": {"enabled": True, "initial_scale_power": 8}} if dtype == "float16" else {}
 
 
-def run_step(engine: Any, step: int, total: int, ragged: bool = False, poison: bool = False) -> dict[str, Any]:
-    """One optimiser step as the trainer makes it. The loss is that of the global batch."""
+def run_step(engine: Any, step: int, total: int, ragged: bool = False, poison: str = "") -> dict[str, Any]:
+    """One optimiser step as the trainer makes it. The loss is that of the global batch.
+
+    poison: what becomes infinite or NaN in the last rank's first micro-batch: both | loss | gradient.
+    """
     world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
     batches = micro_batches(step, total, ragged)
     num_valid = sum(int((labels >= 0).sum()) for _, labels in batches)
     zero.set_learning_rate(engine, rate(step))
     loss_sum = torch.zeros(())
     for i, batch in enumerate(batches[rank * total // world : (rank + 1) * total // world]):
-        loss = engine(*batch, float("inf") if poison and i == 0 and rank == world - 1 else 1.0 / num_valid)
+        bad = poison if i == 0 and rank == world - 1 else ""
+        loss = engine(*batch, math.inf if bad == "both" else 1.0 / num_valid)
+        if bad == "loss":
+            loss = loss + math.inf
+        elif bad == "gradient":
+            loss.register_hook(lambda gradient: gradient * math.nan)
         loss_sum += loss.detach()
         zero.backward(engine, loss, world)
     torch.distributed.all_reduce(loss_sum)
-    norm, applied = zero.step(engine)
-    return {"loss": loss_sum.item(), "norm": norm, "applied": applied}
+    norm, applied, bad_step = zero.step(engine, loss_sum.item())
+    return {"loss": loss_sum.item(), "norm": norm, "applied": applied, "bad": bad_step}
 
 
 def rate(step: int) -> float:
@@ -229,23 +238,39 @@ def plain(out: str, total: int = 8) -> dict[str, Any]:
             group["lr"] = rate(step)
         optimizer.step()
         optimizer.zero_grad()
-        steps.append({"loss": loss.item(), "norm": norm.item(), "applied": True})
+        steps.append({"loss": loss.item(), "norm": norm.item(), "applied": True, "bad": False})
     save_file({name: p.detach() for name, p in module.named_parameters()}, f"{out}.master.safetensors")
     moment = sum(optimizer.state[p]["exp_avg"].square().sum() for p in decayed + others).sqrt().item()
     return {"steps": steps, "moment": moment}
 
 
-def poison(stage: int, dtype: str, out: str) -> dict[str, Any]:
-    """A good step, one with an infinite loss on the last rank, a good step."""
+def poison(stage: int, dtype: str, out: str, kind: str) -> dict[str, Any]:
+    """Step 0, a step of other data that is poisoned by kind ("" leaves it out), a checkpoint, step 2."""
     engine = build(stage, dtype, total=4, options=small_scale(dtype))
     steps = [run_step(engine, 0, 4)]
+    moment = first_moment_norm(engine)
     dump(engine, f"{out}.before.safetensors")
-    steps.append(run_step(engine, 1, 4, poison=True))
-    dump(engine, f"{out}.after.safetensors")
+    if kind:
+        steps.append(run_step(engine, 1, 4, poison=kind))
+        assert first_moment_norm(engine) == moment
+        dump(engine, f"{out}.after.safetensors")
+    save(engine, out)
     steps.append(run_step(engine, 2, 4))
+    dump(engine, f"{out}.master.safetensors")
+    dump(engine, f"{out}.working.safetensors", master=False)
     counters = [engine.global_steps, engine.skipped_steps, fragments._optimizer_step(engine)]
+    fragments.load_fragments(engine, engine.module, Path(out))
+    again = run_step(engine, 2, 4)
     engine.destroy()
-    return {"steps": steps, "counters": counters}
+    return {"steps": steps, "again": again, "counters": counters}
+
+
+def overflow(stage: int, out: str, options: dict[str, Any]) -> list[dict[str, Any]]:
+    """Five fp16 steps, all but the first with a NaN gradient and a finite loss."""
+    engine = build(stage, "float16", total=2, options={"fp16": {"enabled": True} | options})
+    steps = [run_step(engine, step, 2, poison="gradient" if step else "") for step in range(5)]
+    engine.destroy()
+    return steps
 
 
 def rollback(stage: int, dtype: str, out: str) -> dict[str, Any]:
@@ -275,7 +300,7 @@ def refused(stage: int, folder: str, kind: str) -> str:
         if kind == "early step":
             batch = micro_batches(0, 2, False)[0]
             zero.backward(engine, engine(*batch, 1.0), 1)
-            zero.step(engine)
+            zero.step(engine, 0.0)
         elif kind == "late step":
             for batch in micro_batches(0, 3, False):
                 zero.backward(engine, engine(*batch, 1.0), 1)
@@ -298,7 +323,7 @@ def loaded(out: str, names: list[str]) -> list[str]:
     return [name for name in names if name in sys.modules]
 
 
-CASES = {case.__name__: case for case in (train, normalise, plain, poison, rollback, refused, loaded)}
+CASES = {case.__name__: case for case in (train, normalise, plain, poison, overflow, rollback, refused, loaded)}
 
 
 def main() -> None:

@@ -105,7 +105,7 @@ def test_the_stable_core_keeps_its_defaults(minimal):
         "num_workers": 1, "cpus_per_worker": 0.5, "gpus_per_worker": 0, "zero_stage": 2, "micro_batch_size": 1,
         "global_batch_size": 8, "epochs": 1, "max_steps": None, "learning_rate": 2.0e-4, "schedule": "cosine",
         "warmup_steps": 10, "weight_decay": 0.0, "max_grad_norm": 1.0, "checkpoint_every": 100, "eval_every": 100,
-        "log_every": 1, "max_failures": 3,
+        "log_every": 1, "max_bad_steps": 3, "max_failures": 3,
     }  # fmt: skip
     assert train.items() <= loaded["train"].items()
     assert {"address": None, "dashboard": None}.items() <= loaded["cluster"].items()

@@ -54,6 +54,14 @@ def test_not_a_number_becomes_null(tmp_path):
     assert json.loads(path.read_text()) == {"step": 1, "a": None, "b": None}
 
 
+def test_the_progress_line_of_a_bad_step(tmp_path):
+    path, out = tmp_path / "metrics.jsonl", Terminal()
+    progress = Progress(path, num_steps=10, stream=out)
+    MetricLogger(path, last_step=0).log(line(1, **{"train/loss": math.nan}))
+    progress.update()
+    assert "step 1/10  loss not finite  " in out.getvalue()
+
+
 def test_the_progress_line_on_a_terminal(tmp_path):
     path, out = tmp_path / "metrics.jsonl", Terminal()
     progress = Progress(path, num_steps=10, stream=out)

@@ -121,6 +121,7 @@ FREE = [
     "train.keep_best=false",
     "train.eval_every=5",
     "train.log_every=5",
+    "train.max_bad_steps=0",
     "train.max_failures=0",
     "train.threads_per_worker=1",
     "train.timeout_s=60",

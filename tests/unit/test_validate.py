@@ -274,6 +274,7 @@ def test_longer_rows_than_positions_are_warned_about(load, warnings):
         ("train.keep_checkpoints", "0", "1"),
         ("train.eval_every", "-1", "0"),
         ("train.log_every", "0", "1"),
+        ("train.max_bad_steps", "-1", "0"),
         ("train.max_failures", "-1", "0"),
         ("train.threads_per_worker", "0", "1"),
         ("train.timeout_s", "0", "1"),

@@ -8,10 +8,11 @@ from ray_kd.trainer.ledger import Ledger
 from ray_kd.trainer.step import StepResult
 
 
-def step(slots, row_ids, is_trained=None):
+def step(slots, row_ids, is_trained=None, is_applied=True, is_bad=False):
     row_ids = np.array(row_ids)
     return StepResult(
-        metrics={}, grad_norm=0.0, is_applied=True, num_valid_tokens=3, num_tokens=5, payload_nbytes=7,
+        metrics={}, grad_norm=0.0, is_applied=is_applied, is_bad=is_bad,
+        num_valid_tokens=3, num_tokens=5, payload_nbytes=7,
         teacher_busy_s=0.0, stop_requested=False, slots=np.array(slots), row_ids=row_ids,
         is_trained=row_ids >= 0 if is_trained is None else np.array(is_trained),
     )  # fmt: skip
@@ -52,6 +53,23 @@ def test_the_state_goes_through_json():
     add(restored, step([0, 120], [0, 20]))
     assert restored.totals.rows_duplicated == 1
     assert restored.rows_consumed == 121
+
+
+def test_bad_steps_are_counted_until_one_is_applied_and_across_a_checkpoint():
+    ledger = Ledger(num_rows=9, num_planned_rows=9)
+    bad, overflow = {"is_applied": False, "is_bad": True}, {"is_applied": False}
+    add(ledger, step([0], [0]), step([1], [1], **bad), step([2], [2], **overflow), step([3], [3], **bad))
+    assert ledger.bad_in_a_row == [2, 4]  # a step that fp16 left out is neither
+    state = json.loads(json.dumps(ledger.state()))
+    restored = Ledger.from_state(9, 9, state)
+    add(restored, step([4], [4], **bad))
+    assert restored.bad_in_a_row == [2, 4, 5]
+    add(restored, step([5], [5]))
+    assert restored.bad_in_a_row == []
+    assert (restored.totals.bad_steps, restored.totals.steps_skipped) == (3, 4)
+    assert restored.rows_consumed == 6
+    del state["bad_in_a_row"], state["totals"]["bad_steps"]  # a checkpoint from before
+    assert Ledger.from_state(9, 9, state).bad_in_a_row == []
 
 
 def test_the_first_step_of_an_attempt_is_not_timed():
