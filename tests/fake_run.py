@@ -92,7 +92,8 @@ def _train(folder: Path, ledger: Ledger, step: int) -> dict[str, object]:
     slots = range((step - 1) * ORDER.global_batch_size, step * ORDER.global_batch_size)
     rows = ORDER.rows(slots.start, slots.stop)
     result = SimpleNamespace(
-        slots=torch.arange(slots.start, slots.stop).numpy(), row_ids=rows, is_trained=rows >= 0, is_applied=True, is_bad=False,
+        slots=torch.arange(slots.start, slots.stop).numpy(), row_ids=rows, is_trained=rows >= 0, is_applied=True,
+        is_bad=False,
         num_tokens=60, num_valid_tokens=40, payload_nbytes=4000,
     )  # fmt: skip
     ledger.add(result, step_s=1.0, wait_s=0.0, is_timed=True)  # type: ignore[arg-type]
