@@ -37,3 +37,16 @@ def test_two_workers_and_a_teacher_on_two_cores(local_jobs):
     )
     assert job.exit_code == 0, job.stderr
     assert job.summary["rows_missing"] == 0
+
+
+def test_a_pool_grows_when_its_teachers_are_busy(jobs):
+    """A minute of work for one, through names of Ray's executor that are private."""
+    slow = "teacher.engine={kind: fake, vocab_size: 259, delay_s: 1.5}"
+    job = jobs.distill("elastic", slow, "teacher.pool.max_actors=2", "train.max_steps=10")
+    assert job.exit_code == 0, job.stderr
+    (pool,) = job.summary["teacher_pools"]
+    assert pool["most_actors"] == 2
+    assert 1 < pool["mean_actors"] < 2
+    assert sum(actor["rows_computed"] > 0 for actor in job.summary["teacher_actors"]) == 2
+    assert job.summary["teacher_rows_computed"] == job.summary["rows_consumed"] == 40
+    assert job.summary["teacher_wait_fraction"] > 0.5, "the teacher is the slower one, and that is said"
