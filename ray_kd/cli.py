@@ -16,7 +16,7 @@ from typing import NoReturn
 
 from ray_kd import config as configuration
 from ray_kd import plugins, storage
-from ray_kd.errors import EXIT_BUG, EXIT_DONE, ConfigError, DataError, RayKDError, RetryableError
+from ray_kd.errors import EXIT_BUG, EXIT_DONE, ConfigError, DataError, RayKDError, RetryableError, cause_of
 
 logger = logging.getLogger("ray_kd")
 
@@ -40,6 +40,8 @@ def main(job: str, argv: Sequence[str] | None = None) -> int:
         return _fail("interrupted; the same command goes on", RetryableError.exit_code)
     except Exception as error:  # the last resort: the traceback goes to the log, the line to the user
         logger.debug("", exc_info=True)
+        if (ours := cause_of(error)) is not None:
+            return _fail(str(ours), ours.exit_code)
         if not any(isinstance(handler, _RunLog) for handler in logger.handlers):
             traceback.print_exc()
         return _fail(f"a bug, please report it: {_one_line(error)}", EXIT_BUG)

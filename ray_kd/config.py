@@ -16,7 +16,7 @@ from typing import Any
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
-from ray_kd import plugins, schema, storage
+from ray_kd import plugins, storage
 from ray_kd.errors import ConfigError
 
 
@@ -291,10 +291,20 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
         one.name = one.name or Path(one.model).name
         if one.rows is not None:
             try:
-                one.rows = [schema.route_of(value) for value in one.rows]
+                one.rows = [route_of(value) for value in one.rows]
             except ValueError as error:
                 raise ConfigError(f"teachers[{place}].rows has {one.rows}: one {error}") from error
     return config
+
+
+def route_of(value: object) -> str:
+    """A value of `data.route_by` as text, so that true of JSON, of YAML and of a table is the same, and "7" and 7.
+
+    Raises ValueError for what is neither text, an integer nor a boolean.
+    """
+    if not isinstance(value, str | int):
+        raise ValueError(f"is {type(value).__name__}: allowed is str, int, bool")
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def each_teacher(config: RunConfig) -> "list[tuple[OneOfTeachers | None, RunConfig]]":

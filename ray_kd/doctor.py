@@ -365,7 +365,7 @@ def check_ledger(run: Run) -> Iterator[Finding]:
 def check_teachers(run: Run) -> Iterator[Finding]:
     """The journals of teachers and pools, which the summary is counted from."""
     is_whole = True
-    for folder, keys in ((JOURNAL, ("slots", "pid", "time")), (POOLS, ("teacher", "time", "actors", "queue"))):
+    for folder, keys in ((JOURNAL, ("slots", "pid")), (POOLS, ("teacher", "time", "actors", "queue"))):
         for path in storage.children(run.folder / folder):
             lines = _read_lines(path, keys)
             # A cut line is what a killed actor leaves, and no one adds to its file.
@@ -415,7 +415,7 @@ def check_summary(run: Run) -> Iterator[Finding]:
     if steps != run.step or not run.counted:
         # A killed attempt leaves the summary of the one before it; that of a finished run fits its last checkpoint.
         state = WARNING if exit_code == EXIT_DONE else OK
-        yield Finding("summary", state, f"{seen}; there are no counts of the same step to compare it with")
+        yield Finding("summary", state, f"{seen}; not compared: there are no counts of the same step")
     elif different:
         said = ", ".join(f"{name} {summary.get(name)} (counted {count})" for name, count in different.items())
         yield Finding("summary", BROKEN, f"{seen}, and wrong about {said}", "trust the checkpoint")

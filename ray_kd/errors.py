@@ -10,6 +10,14 @@ EXIT_DONE = 0
 EXIT_BUG = 70
 
 
+def cause_of(error: BaseException) -> "RayKDError | None":
+    """What our own code raised, where a library made an error of its own of it: a signal in the middle of an import."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, RayKDError):
+        cause = cause.__cause__
+    return cause
+
+
 class RayKDError(Exception):
     """Base of the errors whose message is written for the user: one line, the value seen, the values allowed."""
 

@@ -58,6 +58,7 @@ def distill(config: RunConfig) -> dict[str, Any]:
     """
     run_dir = run_folder.run_dir(config)
     run_folder.create(run_dir)
+    logger.info("checking the config and the models")
     check_settings(config)  # before the next line calls a wrong value another run
     run_folder.check_identity(run_dir, config)
     if (finished := run_folder.finished_summary(run_dir)) is not None:
@@ -551,6 +552,7 @@ def _fit(
         )
     finally:
         progress.close()
+    (run_dir / STOP_FLAG).unlink(missing_ok=True)
     if (steps := _trained_steps(run_dir)) < order.num_steps:
         raise RetryableError(f"stopped after step {steps} of {order.num_steps}; the same command goes on from there")
 

@@ -34,16 +34,6 @@ TEACHER_BUSY_S = "teacher_busy_s"  # float32: this row's share of the seconds th
 TEACHER_ERROR = "teacher_error"  # string: why the answer was refused, "" when it was not
 
 
-def route_of(value: object) -> str:
-    """A value of `data.route_by` as text, so that true of JSON, of YAML and of a table is the same, and "7" and 7.
-
-    Raises ValueError for what is neither text, an integer nor a boolean.
-    """
-    if not isinstance(value, str | int):
-        raise ValueError(f"is {type(value).__name__}: allowed is str, int, bool")
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
 def target_positions(labels: NDArray[np.integer], position_ids: NDArray[np.integer]) -> NDArray[np.bool_]:
     """Which positions are trained: t such that token t+1 is in the same document and has a label.
 

@@ -3,6 +3,7 @@
 Raises ConfigError (exit code 64) with one line: the key, the value seen, the values allowed.
 """
 
+import importlib.util
 import logging
 import math
 import re
@@ -82,7 +83,11 @@ def _check_pool(teacher: Teacher) -> None:
     stages = (getattr(options, "options", None) or {}).get("pipeline_parallel_size", 1)
     is_right = split_over is None or split_over * stages == max(1, pool.num_gpus) or pool.num_gpus == 0
     _require(is_right, "teacher.engine.tensor_parallel_size", split_over,
-             f"{max(1, pool.num_gpus) / stages:g}: teacher.pool.num_gpus by the pipeline's stages")  # fmt: skip
+             f"{max(1, pool.num_gpus) / stages:g} (teacher.pool.num_gpus / pipeline_parallel_size)")  # fmt: skip
+    taken = getattr(options, "gpu_memory_utilization", None)
+    if taken is not None and 0 < pool.num_gpus < min(1, taken):
+        logger.warning("teacher.engine.gpu_memory_utilization=%g is more of the GPU than teacher.pool.num_gpus=%g: "
+                       "what shares it may find no memory", taken, pool.num_gpus)  # fmt: skip
 
 
 @contextmanager
@@ -106,10 +111,11 @@ def _check_teachers(config: RunConfig) -> None:
         key = f"teachers[{place}]"
         is_folder = re.fullmatch(r"\w[\w.-]*", names[place]) is not None
         _require(is_folder, f"{key}.name", one.name, "letters, digits, '_', '-' and '.': a folder has that name")
-        _require(names.count(names[place]) == 1, f"{key}.name", one.name, "a name that no other teacher has")
+        _require(names.count(names[place]) == 1, f"{key}.name", one.name,
+                 "a name that no other teacher has (by default the last part of its model)")  # fmt: skip
         _require(math.isfinite(one.weight) and one.weight > 0, f"{key}.weight", one.weight, "a positive number")
         _require(one.rows is None or config.data.route_by is not None, f"{key}.rows", one.rows,
-                 "null as long as data.route_by names no column")  # fmt: skip
+                 "null until data.route_by names the column")  # fmt: skip
 
 
 def validate(config: RunConfig) -> Models:
@@ -205,7 +211,8 @@ def _warn_without_effect(config: RunConfig) -> None:
         "teacher.cache.path": cache.path is not None and cache.mode == DISABLED and "teacher.cache.mode is disabled",
         "data.route_by": config.data.route_by is not None
         and all(one.rows is None for one in config.teachers)
-        and "none of teachers has rows, so it only keeps its values apart",
+        and f"{'none of teachers has rows' if config.teachers else 'there are no teachers'}, so it only keeps its "
+        "values apart",
     }
     sections = [("teacher" if one is None else f"teachers.{one.name}", alone.teacher)
                 for one, alone in each_teacher(config)]  # fmt: skip
@@ -291,6 +298,13 @@ def _check_teacher(config: RunConfig, lends_layers: bool) -> "PreTrainedConfig":
     _require(not is_evaluated_by_topk or TOPK_LOGPROBS in engine.Engine.provides, "eval.kl", config.eval.kl,
              f"exact with teacher.engine '{plugins.kind_of(teacher.engine)}', which sends no {TOPK_LOGPROBS}",
     )  # fmt: skip
+    package = getattr(engine.Engine, "package", None)
+    # Of a cluster's nodes nothing is known here.
+    if package is not None and cluster.address(config) is None and importlib.util.find_spec(package) is None:
+        raise ConfigError(
+            f"teacher.engine is '{plugins.kind_of(teacher.engine)}' and {package} is not installed here: "
+            f"pip install 'ray_kd[{package}]', or another engine"
+        )
     needs_weights = engine.Engine.is_local_model or lends_layers
     found = models.check_model(teacher.model, teacher.revision, "teacher", needs_weights)
     needs_topk = teacher.payload == TOPK_LOGPROBS or is_evaluated_by_topk

@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ray_kd import plugins, schema, storage
+from ray_kd import plugins, storage
+from ray_kd.config import route_of
 from ray_kd.data import tokenizer as tokenizing
 from ray_kd.data.packing import cut, has_target, pack
 from ray_kd.data.records import BadRecord, Document, Record, Segment, excerpt
@@ -214,7 +215,7 @@ def _route(value: Any, column: str) -> str:
     if value is None:
         raise ValueError(f"column '{column}' of data.route_by is missing or null")
     try:
-        return schema.route_of(value)
+        return route_of(value)
     except ValueError as error:
         raise ValueError(f"column '{column}' of data.route_by {error}") from error
 

@@ -111,7 +111,7 @@ def count_rows(run_dir: Path) -> TeacherRows:
         # What a line of a run from before these were there does not have counts as nothing.
         key = (line.get("teacher", ""), line.get("node", ""), line["pid"])
         actor = actors.setdefault(key, Actor(*key))
-        first_at[key] = min(line["time"], first_at.get(key, line["time"]))
+        first_at[key] = min(line.get("time", 0.0), first_at.get(key, np.inf))
         actor.blocks += 1
         actor.rows_computed += len(slots)
         actor.rows_from_cache += line.get("cached", 0)

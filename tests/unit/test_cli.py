@@ -193,3 +193,17 @@ def test_python_m_ray_kd_is_the_same_command():
     assert done.returncode == 64
     assert done.stderr.startswith("error: a job is missing: python -m ray_kd {distill")
     assert done.stderr.count("\n") == 1
+
+
+def test_a_signal_in_the_middle_of_an_import_is_no_bug(monkeypatch, capsys):
+    """transformers makes a ModuleNotFoundError of whatever comes up while it imports a model."""
+
+    def job(argv):
+        try:
+            raise RetryableError("stopped by SIGINT; the same command goes on")
+        except RetryableError as error:
+            raise ModuleNotFoundError("Could not import module 'LlamaConfig'") from error
+
+    monkeypatch.setitem(cli.JOBS, "distill", job)
+    assert cli.main("distill", []) == 75
+    assert capsys.readouterr().err == "error: stopped by SIGINT; the same command goes on\n"

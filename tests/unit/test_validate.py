@@ -94,7 +94,7 @@ def test_several_teachers_pass_in_silence(load, workplace, warnings):
         ({"name": "teacher"}, [], r"teachers\[0\].name is 'teacher': allowed is a name that no other teacher has"),
         ({"name": "a/b"}, [], r"teachers\[1\].name is 'a/b': allowed is letters"),
         ({"weight": 0}, [], r"teachers\[1\].weight is 0.0: allowed is a positive number"),
-        ({"rows": ["code"]}, [], r"teachers\[1\].rows is \['code'\]: allowed is null as long as data.route_by"),
+        ({"rows": ["code"]}, [], r"teachers\[1\].rows is \['code'\]: allowed is null until data.route_by"),
         ({"dtype": "int8"}, [], "teachers: 'two': teacher.dtype is 'int8': allowed is auto"),
         ({"pool": {"min_actors": 3}}, [], "teachers: 'two': teacher.pool.max_actors is 1: allowed is"),
         ({"engine": {"kind": "none"}}, [], "unknown kind 'none'"),
@@ -129,7 +129,7 @@ def test_teachers_mean_the_same_tokens(load, workplace, tmp_path):
     ("engine", "takes_it"), [("hf", True), ("fake", False), ("vllm", False), ("{kind: http, url: http://h}", False)]
 )
 def test_tokens_of_a_batch_are_for_an_engine_that_counts_them(load, warnings, engine, takes_it):
-    validate(load(f"teacher.engine={engine}", "teacher.batch_tokens=4096"))
+    validate(load(f"teacher.engine={engine}", "teacher.batch_tokens=4096", "cluster.address=10.0.0.1:6379"))
     kind = "http" if "http" in engine else engine
     assert warnings() == (
         [] if takes_it else [f"teacher.batch_tokens has no effect: teacher.engine '{kind}' does not take it"]
@@ -143,12 +143,12 @@ def test_a_copy_is_split_over_the_gpus_of_its_actor(load):
         validate(load(*vllm, f"teacher.pool.{right[0]}", f"teacher.engine.tensor_parallel_size={right[1]}"))
     validate(load("cluster.address=10.0.0.1:6379", "teacher.pool.num_gpus=2"))
     for size, message in (
-        (1, r"^teacher\.engine\.tensor_parallel_size is 1: allowed is 2: teacher\.pool\.num_gpus by the pipeline's"),
-        (4, r"^teacher\.engine\.tensor_parallel_size is 4: allowed is 2: "),
+        (1, r"^teacher\.engine\.tensor_parallel_size is 1: allowed is 2 \(teacher\.pool\.num_gpus / pipeline"),
+        (4, r"^teacher\.engine\.tensor_parallel_size is 4: allowed is 2 "),
     ):
         with pytest.raises(ConfigError, match=message):
             validate(load(*vllm, "teacher.pool.num_gpus=2", f"teacher.engine.tensor_parallel_size={size}"))
-    with pytest.raises(ConfigError, match=r"tensor_parallel_size is 2: allowed is 1: "):
+    with pytest.raises(ConfigError, match=r"tensor_parallel_size is 2: allowed is 1 "):
         validate(load(*vllm, "teacher.pool.num_gpus=1", "teacher.engine.tensor_parallel_size=2"))
     staged = "teacher.engine={kind: vllm, tensor_parallel_size: 1, options: {pipeline_parallel_size: 2}}"
     validate(load(*vllm, staged, "teacher.pool.num_gpus=2"))
@@ -156,6 +156,20 @@ def test_a_copy_is_split_over_the_gpus_of_its_actor(load):
         ConfigError, match=r"^teacher\.pool\.num_gpus is 1\.5: allowed is a fraction up to 1, or a whole"
     ):
         validate(load("cluster.address=10.0.0.1:6379", "teacher.pool.num_gpus=1.5"))
+
+
+def test_a_vllm_that_is_not_here_or_takes_more_than_its_share_is_named(load, monkeypatch, warnings):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"teacher.engine is 'vllm' and vllm is not installed here: pip install"):
+        validate(load("teacher.engine=vllm"))
+    on_cluster = ("teacher.engine=vllm", "cluster.address=10.0.0.1:6379", "train.gpus_per_worker=0.6")
+    validate(load(*on_cluster, "teacher.pool.num_gpus=0.4", "teacher.engine.gpu_memory_utilization=0.4"))
+    assert warnings() == []
+    validate(load(*on_cluster, "teacher.pool.num_gpus=0.4"))
+    assert warnings() == [
+        "teacher.engine.gpu_memory_utilization=0.9 is more of the GPU than teacher.pool.num_gpus=0.4: what shares it "
+        "may find no memory"
+    ]
 
 
 def test_a_worker_may_share_its_gpu_with_teachers_but_not_with_another_worker(load):

@@ -65,6 +65,7 @@ class Engine:
     selections = frozenset({TOPK})
     any_temperature = False  # vLLM scales what it generates, not what it says of a prompt
     is_local_model = True
+    package = "vllm"
     takes_batch_tokens = False
 
     def __init__(
