@@ -1,6 +1,6 @@
 """Bad input through the jobs: refused with one line and exit code 64 or 65, quarantined, or accepted with a warning.
 
-What is refused before Ray is needed runs in this process, where starting Ray would fail the test.
+What is refused before Ray is waited for runs in this process, where coming so far would fail the test.
 """
 
 import json
