@@ -132,7 +132,6 @@ def check_inputs(config: RunConfig) -> None:
     for one, alone in each_teacher(config):
         with _named(one):
             _check_engine(alone)
-    _warn_without_effect(config)
     cluster.check_local_gpus(config)
 
 
@@ -238,6 +237,13 @@ def _warn_without_effect(config: RunConfig) -> None:
             and not engine.Engine.is_local_model
             and f"teacher.engine '{kind}' loads no weights"
         )
+    for one in config.teachers:
+        others = [other for other in config.teachers if other is not one]
+        idle[f"teachers.{one.name}.weight"] = (
+            one.weight != OneOfTeachers.weight
+            and not any(_share_rows(one, other) for other in others)
+            and "no other teacher answers its rows"
+        )
     models_of: list[tuple[str, Teacher | Student]] = [*sections, ("student", config.student)]
     for name, section in models_of:
         is_folder = section.model is not None and models.is_local(section.model)
@@ -262,10 +268,15 @@ def _warn_without_effect(config: RunConfig) -> None:
             logger.warning("%s has no effect: %s", key, reason)
 
 
+def _share_rows(one: OneOfTeachers, other: OneOfTeachers) -> bool:
+    return one.rows is None or other.rows is None or not set(one.rows).isdisjoint(other.rows)
+
+
 def check_models(config: RunConfig) -> Models:
     """What the models' folders show to be wrong. No weights are loaded; transformers is, which takes seconds."""
     from ray_kd import models
 
+    _warn_without_effect(config)
     teacher_key = config.teacher
     found = []
     for place, (one, alone) in enumerate(each_teacher(config)):
