@@ -1,6 +1,6 @@
 """A run that was killed and went on is bitwise the run that was not: metrics, weights, moments, random state.
 
-fp32 on CPU, dropout on, two epochs of six steps, a checkpoint every three, an evaluation every four. Each kill point
+fp32 on CPU, dropout on, two epochs of six steps, a checkpoint every three, an evaluation every five. Each kill point
 meets two (ZeRO stage, ranks) pairs, each pair at least one kill point. The driver and its workers get SIGKILL; the
 workers are stopped first, so that the run is still where the test found it.
 """
@@ -12,6 +12,7 @@ import signal
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 
 import psutil
@@ -29,7 +30,7 @@ ROWS, BATCH = 24, 4
 EPOCH = ROWS // BATCH  # steps
 SETTINGS = (
     "train.max_steps=null", "train.epochs=2", f"train.global_batch_size={BATCH}", "train.checkpoint_every=3",
-    "train.eval_every=4", "train.weight_decay=0.1", "data.eval_fraction=0", "eval.max_rows=0", "eval.batch_size=1",
+    "train.eval_every=5", "train.weight_decay=0.1", "data.eval_fraction=0", "eval.max_rows=0", "eval.batch_size=1",
 )  # fmt: skip
 
 
@@ -45,7 +46,7 @@ class Place:
         for file in jobs.student.glob("token*"):
             (student / file.name).write_bytes(file.read_bytes())
         held_out = jobs.folder / "eval.jsonl"
-        for path, count in ((jobs.data, ROWS), (held_out, 2 * ROWS)):
+        for path, count in ((jobs.data, ROWS), (held_out, 4 * ROWS)):
             path.write_text("".join(_record(i) for i in range(count)))
         self._settings = (
             *SETTINGS, f"student.model={student}", f"data.eval_source={{kind: jsonl, paths: [{held_out}]}}"
@@ -92,7 +93,7 @@ class Victim:
         while not is_there():
             assert self.process.poll() is None, self.process.communicate()
             assert time.monotonic() < deadline
-            time.sleep(0.001)
+            time.sleep(0.002)
 
     def last_step(self) -> int:
         lines = storage.read_lines(self.run_dir / "metrics.jsonl")
@@ -131,7 +132,7 @@ class Victim:
 
 
 def in_the_middle_of_an_epoch(victim: Victim) -> None:
-    victim.wait_until(lambda: victim.last_step() == 4)
+    victim.wait_until(lambda: victim.last_step() >= 4)
 
 
 def while_a_checkpoint_is_written(victim: Victim) -> None:
@@ -152,12 +153,18 @@ def after_the_last_step(victim: Victim) -> None:
 
 
 def in_an_evaluation(victim: Victim) -> None:
-    """Step 4 is trained on and then evaluated before its line is written: 3's is there for much longer than a step."""
+    """A step is trained on and then evaluated before its line is written: 4's stays the last for as long as that."""
     times = [line["time"] for line in victim.whole.metrics]
-    evaluated, plain = times[3] - times[2], times[2] - times[1]
-    assert evaluated > 3 * plain
-    victim.wait_until(lambda: victim.last_step() == 3)
-    time.sleep((evaluated + plain) / 2)
+    gaps = [after - before for before, after in pairwise(times)]
+    plain, evaluated = sorted(gaps)[len(gaps) // 2], gaps[4]  # times are taken before the evaluation
+    for step in (4, 2 * EPOCH - 1):
+        victim.wait_until(lambda: victim.last_step() >= step)  # noqa: B023 (called here)
+        time.sleep(plain + 0.4 * evaluated)
+        victim.signal_workers(signal.SIGSTOP)
+        if victim.last_step() == step:
+            return
+        victim.signal_workers(signal.SIGCONT)
+    pytest.fail("both evaluations were over too soon")
 
 
 KEPT = (
@@ -171,7 +178,7 @@ START_SLOT = {
     while_a_checkpoint_is_written: {step * BATCH for step in (0, 3, 6, 9)},
     at_the_epochs_boundary: {ROWS},
     after_the_last_step: {2 * ROWS},
-    in_an_evaluation: {3 * BATCH},
+    in_an_evaluation: {3 * BATCH, 9 * BATCH},
 }
 
 
@@ -203,7 +210,6 @@ def test_killed_and_gone_on_is_the_same_run(
         victim.kill()
     partial = victim.partial()
     assert bool(partial) == (point is while_a_checkpoint_is_written)
-    assert point is not in_an_evaluation or victim.last_step() == 3
     assert not (victim.run_dir / "final").exists()
     job = place.jobs.distill(name, *place.settings(stage, ranks))
     log = (job.run_dir / "driver.log").read_text()
@@ -217,7 +223,7 @@ def test_killed_and_gone_on_is_the_same_run(
 def assert_same_run(job: Job, whole: Job) -> None:
     """Bitwise: every number of every step but the times, evaluations, weights, moments, random states."""
     assert job.exit_code == 0, job.stderr
-    kept = [key for key in whole.metrics[3] if key.startswith(("eval/", "data/row", "data/slot")) or key in KEPT]
+    kept = [key for key in whole.metrics[4] if key.startswith(("eval/", "data/row", "data/slot")) or key in KEPT]
     assert len(kept) > len(KEPT)
     assert [[line.get(key) for key in kept] for line in job.metrics] == [
         [line.get(key) for key in kept] for line in whole.metrics
