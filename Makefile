@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: help setup quickstart test test-unit test-vllm lint format clean
+.PHONY: help setup quickstart test test-unit test-matrix test-vllm lint format clean
 
 help:
 	@echo "make quickstart   set up, then distil SmolLM2-135M into 15 of its layers (about 10 minutes)"
@@ -12,6 +12,7 @@ help:
 	@echo "make setup        make .venv with everything in it; the others do it too"
 	@echo "make test-unit    the tests that need no Ray (four minutes)"
 	@echo "make test-vllm    the tests of the vLLM engine, in .venv-vllm, an environment of its own (CPU)"
+	@echo "make test-matrix  every ZeRO stage, number of ranks and dtype to every other (TIME)"
 	@echo "make lint         ruff and mypy through pre-commit"
 	@echo "make format       fix and format with ruff"
 	@echo "make clean        remove .venv, .venv-vllm and runs"
@@ -33,10 +34,14 @@ quickstart: setup
 	$(BIN)/python jobs/quickstart.py
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not matrix and not chaos"
 
 test-unit: setup
-	$(BIN)/python -m pytest -m "not ray and not gpu and not slow"
+	$(BIN)/python -m pytest -m "not ray and not gpu and not slow and not matrix and not chaos"
+
+# Both what is marked `matrix` and the combinations that `make test` chose of the same product.
+test-matrix: setup
+	$(BIN)/python -m pytest tests/integration/test_zero.py
 
 VLLM_VENV := .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin

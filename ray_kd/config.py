@@ -210,7 +210,8 @@ class Train:
     threads_per_worker: int | None = None
     """CPU threads per worker. Default: physical cores shared out between teachers and workers."""
     deepspeed: dict[str, Any] = field(default_factory=dict)
-    """Entries put over DeepSpeed's generated configuration, for example {wall_clock_breakdown: true}; not checked."""
+    """Entries put over DeepSpeed's generated configuration, for example {wall_clock_breakdown: true}. Refused are those
+    that another key says and those that break steps or checkpoints; the rest is not checked."""
     timeout_s: float = 1800.0
     """Longest wait for a collective operation, the next rows or the student's init before the attempt fails."""
 

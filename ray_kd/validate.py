@@ -177,6 +177,10 @@ def _check_combinations(config: RunConfig) -> None:
     unit = train.num_workers * train.micro_batch_size
     _require(train.global_batch_size % unit == 0, "train.global_batch_size", train.global_batch_size,
              f"a multiple of num_workers x micro_batch_size = {unit}")  # fmt: skip
+    if train.deepspeed:
+        from ray_kd.trainer.zero import check_overrides
+
+        check_overrides(train.deepspeed)
     storage.path(config.teacher.cache.path or "", "teacher.cache.path")
     if (config.student.model is None) == (config.student.init is None):
         seen = "neither is" if config.student.model is None else "both are"

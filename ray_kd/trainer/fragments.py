@@ -14,7 +14,6 @@ experts, tensor parallel, hpZ.
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -182,10 +181,11 @@ def _emptied(parts: list[dict[str, torch.Tensor]]) -> Iterator[dict[str, torch.T
 def load_fragments(engine: Any, module: nn.Module, folder: Path) -> None:
     """Restore master weights, moments, step counters and the fp16 loss scale; call on all ranks (collective).
 
-    Any stage and rank count reads any other; each rank reads only the bytes it needs. Working weights are rebuilt
-    from the master. The learning rate and random state are not touched (`set_learning_rate`, `rng.load_rng`).
-    The folder must have been verified (`checkpoint.verify`). Raises ValueError naming parameters that are missing,
-    unknown or of another size, and for an incomplete set of fragments.
+    Any stage and rank count reads any other; each rank reads only the bytes it needs, and has one tensor of a file
+    (about 0.3 GB at most) in host memory at a time. Working weights are rebuilt from the master. The learning rate and
+    random state are not touched (`set_learning_rate`, `rng.load_rng`). The folder must have been verified
+    (`checkpoint.verify`). Raises ValueError naming parameters that are missing, unknown or of another size, and for an
+    incomplete set of fragments.
     """
     _check_engine(engine)
     records = _read_records(folder)
@@ -198,8 +198,8 @@ def load_fragments(engine: Any, module: nn.Module, folder: Path) -> None:
         if not state:
             state.update({kind: torch.zeros_like(flat, requires_grad=False) for kind in KINDS[1:]})
         state["step"] = torch.tensor(float(record["optimizer_step"]), dtype=torch.float32, device=flat.device)
-    with ExitStack() as stack, torch.no_grad():
-        source = _Source(folder, records, stack)
+    source = _Source(folder, records)
+    with torch.no_grad():
         for fragment in iter_fragments(engine, module.named_parameters()):
             for kind in KINDS:
                 tensor = fragment.flat if kind == "fp32" else optimizer.state[fragment.flat][kind]
@@ -221,36 +221,47 @@ def read_parameters(folder: Path, prefix: str = "") -> Iterator[tuple[str, torch
     prefix: removed from the names; parameters without it are left out. The folder must have been verified.
     """
     records = _read_records(folder)
-    with ExitStack() as stack:
-        source = _Source(folder, records, stack)
-        for name, shape in records[0]["parameters"].items():
-            if name.startswith(prefix):
-                flat = torch.empty(torch.Size(shape).numel())
-                source.copy(Fragment(name, flat.numel(), 0, flat, 0, flat.numel()), "fp32", flat)
-                yield name.removeprefix(prefix), flat.view(shape)
+    source = _Source(folder, records)
+    for name, shape in records[0]["parameters"].items():
+        if name.startswith(prefix):
+            flat = torch.empty(torch.Size(shape).numel())
+            source.copy(Fragment(name, flat.numel(), 0, flat, 0, flat.numel()), "fp32", flat)
+            yield name.removeprefix(prefix), flat.view(shape)
+
+
+class _Piece(NamedTuple):
+    """A saved tensor: elements [start, start + length) of a parameter."""
+
+    start: int
+    length: int
+    path: Path
+    key: str
 
 
 class _Source:
-    """All fragments in a folder: where each stretch of each parameter lies, read lazily."""
+    """All fragments in a folder: where each stretch of each parameter lies, read lazily.
 
-    def __init__(self, folder: Path, records: list[dict[str, Any]], stack: ExitStack) -> None:
-        self._pieces: dict[tuple[str, str], list[tuple[int, int, Any]]] = defaultdict(list)
-        for record in records:
-            for file in record["files"]:
-                handle = stack.enter_context(safe_open(folder / file, framework="pt"))
-                for key in handle.keys():  # noqa: SIM118 (not a mapping)
+    A file is mapped only while one tensor is copied from it: pages of a map that stays count as this process's memory,
+    and of a checkpoint that was read to its end they are the checkpoint.
+    """
+
+    def __init__(self, folder: Path, records: list[dict[str, Any]]) -> None:
+        self._pieces: dict[tuple[str, str], list[_Piece]] = defaultdict(list)
+        for path in [folder / file for record in records for file in record["files"]]:
+            with safe_open(path, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118 (not a mapping)
                     name, kind, start = key.rsplit("|", 2)
-                    values = handle.get_slice(key)
-                    self._pieces[name, kind].append((int(start), values.get_shape()[0], values))
+                    length = file.get_slice(key).get_shape()[0]
+                    self._pieces[name, kind].append(_Piece(int(start), length, path, key))
         for pieces in self._pieces.values():
-            pieces.sort(key=lambda piece: piece[0])
+            pieces.sort()
         for name, shape in records[0]["parameters"].items():
             for kind in KINDS:
                 end = 0
-                for start, length, _ in self._pieces[name, kind]:
-                    if start != end:
+                for piece in self._pieces[name, kind]:
+                    if piece.start != end:
                         break
-                    end += length
+                    end += piece.length
                 numel = torch.Size(shape).numel()
                 if end != numel:
                     raise ConfigError(f"{folder}: {name} ({kind}): fragments cover {end} of {numel} elements")
@@ -259,10 +270,13 @@ class _Source:
         """Fill target [fragment.length] from the pieces that overlap the fragment."""
         stop = fragment.start + fragment.length
         copied = 0
-        for start, length, values in self._pieces[fragment.name, kind]:
+        for start, length, path, key in self._pieces[fragment.name, kind]:
             low, high = max(start, fragment.start), min(start + length, stop)
             if low < high:
-                target[low - fragment.start : high - fragment.start].copy_(values[low - start : high - start])
+                with safe_open(path, framework="pt") as file:
+                    values = file.get_slice(key)[low - start : high - start]
+                    target[low - fragment.start : high - fragment.start].copy_(values)
+                    del values  # it holds the map
                 copied += high - low
         assert copied == fragment.length, f"{fragment.name} ({kind}): copied {copied} of {fragment.length} elements"
 

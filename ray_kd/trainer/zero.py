@@ -13,22 +13,59 @@ hangs. Checkpoints: `fragments.py`. Checked with deepspeed 0.19.8, held by `test
 """
 
 import importlib
+import json
 import logging
 import math
 import os
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from ray_kd.errors import ConfigError
 from ray_kd.trainer.fragments import inner_optimizer, load_scaler_state, scaler_state
 
 _MUON = "deepspeed.runtime.zero.muon.original_muon"
 DTYPES = ("float32", "bfloat16", "float16")
+
+_OWN_KEYS = {
+    "train_batch_size": "train.global_batch_size",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.global_batch_size",
+    "gradient_clipping": "train.max_grad_norm",
+    "optimizer": "train.learning_rate and train.weight_decay",
+    "scheduler": "train.schedule",
+    "zero_optimization.stage": "train.zero_stage",
+    "bf16.enabled": "student.dtype",
+    "bfloat16": "student.dtype",
+    "fp16.enabled": "student.dtype",
+    "torch_autocast": "student.dtype",
+}
+"""Entry of DeepSpeed's configuration -> the key of ours that says it, to the trainer and to a resume as well."""
+
+_FP32_STATE = "a checkpoint holds fp32 weights and moments"
+_NOT_COVERED = "checkpoints do not cover it"
+_NEEDED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "bf16.check_grad_overflow": ((True,), "a NaN gradient would reach the weights"),
+    "bf16.bf16_master_weights_and_grads": ((False,), _FP32_STATE),
+    "bf16.bf16_optimizer_states": ((False,), _FP32_STATE),
+    "fp16.fp16_master_weights_and_grads": ((False,), _FP32_STATE),
+    "gradient_allreduce_op": (("mean",), "the loss is scaled for it"),
+    "managed_gradient_accumulation": ((True,), "micro-batches are counted by it"),
+    "zero_optimization.compute_grad_norm": ((True,), "the norm tells a step that is not finite"),
+    "zero_optimization.round_robin_gradients": ((False,), _NOT_COVERED),
+    "zero_optimization.zero_hpz_partition_size": ((1,), _NOT_COVERED),
+    "zero_optimization.zenflow": ((None,), _NOT_COVERED),
+    "zero_optimization.offload_optimizer.device": (("none", "cpu"), _NOT_COVERED),
+    "zero_optimization.offload_param.device": (("none", "cpu"), _NOT_COVERED),
+    "tensor_parallel": ((None,), _NOT_COVERED),
+    "expert_parallel": ((None,), _NOT_COVERED),
+}
+"""Entry -> the values that `backward`, `step` and the fragments stand on, and why."""
 
 
 def import_deepspeed(on_gpu: bool = False) -> ModuleType:
@@ -106,6 +143,25 @@ def deepspeed_config(
     elif dtype == "float16":
         config["fp16"] = {"enabled": True}
     return _merged(config, overrides or {})
+
+
+def check_overrides(overrides: Mapping[str, Any]) -> None:
+    """Raise ConfigError for an entry of `train.deepspeed` that has a key of its own, or that loses count or state."""
+    for path, value in _entries(overrides):
+        if (key := _OWN_KEYS.get(path)) is not None:
+            raise ConfigError(f"train.deepspeed.{path} is {value!r}: allowed is to leave it to {key}")
+        allowed, reason = _NEEDED.get(path, ((value,), ""))
+        if value not in allowed:
+            values = " | ".join(one if isinstance(one, str) else json.dumps(one) for one in allowed)
+            raise ConfigError(f"train.deepspeed.{path} is {value!r}: allowed is {values} ({reason})")
+
+
+def _entries(overrides: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted path, value) of every entry, mappings among them."""
+    for key, value in overrides.items():
+        yield f"{prefix}{key}", value
+        if isinstance(value, Mapping):
+            yield from _entries(value, f"{prefix}{key}.")
 
 
 def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -112,9 +112,9 @@ def build(
     return engine
 
 
-def small_scale(dtype: str) -> dict[str, Any]:
+def small_scale(dtype: str, **more: int) -> dict[str, Any]:
     """fp16 begins with a scale of 256, so that no step is skipped."""
-    return {"fp16": {"enabled": True, "initial_scale_power": 8}} if dtype == "float16" else {}
+    return {"fp16": {"enabled": True, "initial_scale_power": 8} | more} if dtype == "float16" else {}
 
 
 def run_step(engine: Any, step: int, total: int, ragged: bool = False, poison: str = "") -> dict[str, Any]:
@@ -166,29 +166,41 @@ def train(
     dtype: str,
     out: str,
     load: str = "",
-    total: int = 2,
+    total: int = 4,
     piece_elements: int = 2**26,
     max_file_bytes: int = 2 * 10**9,
-    **options: Any,
+    options: dict[str, Any] | None = None,
+    **build_options: Any,
 ) -> dict[str, Any]:
-    """Steps 0-2, a checkpoint `out`, steps 3-5; with load only the latter, resumed from it. Dumps the weights."""
+    """Steps 0-2, a checkpoint `out`, steps 3-5; with load only the latter, resumed from it, and `out` is it again.
+
+    In fp16 step 1 overflows, which makes a loss scale of 128 of 256, and two or three good steps later it is 256 again.
+    Dumps the weights of the checkpoint and of the end.
+    """
     fragments._PIECE_ELEMENTS, fragments.MAX_FILE_BYTES = piece_elements, max_file_bytes
-    engine = build(stage, dtype, total, **options)
+    options = small_scale(dtype, hysteresis=1, loss_scale_window=3) | (options or {})
+    engine = build(stage, dtype, total, options=options, **build_options)
     if load:
         fragments.load_fragments(engine, engine.module, Path(load))
         rng.load_rng(Path(load), torch.distributed.get_rank())
-    results = []
-    for step in range(3 if load else 0, 6):
-        if step == 3 and not load:
-            save(engine, out)
-            dump(engine, f"{out}.saved_master.safetensors")
-            dump(engine, f"{out}.saved_working.safetensors", master=False)
-        results.append(run_step(engine, step, total))
+    else:
+        for step in range(3):
+            run_step(engine, step, total, poison="gradient" if dtype == "float16" and step == 1 else "")
+    save(engine, out)
+    dump(engine, f"{out}.saved_master.safetensors")
+    dump(engine, f"{out}.saved_working.safetensors", master=False)
+    steps = [run_step(engine, step, total) for step in range(3, 6)]
     dump(engine, f"{out}.master.safetensors")
     dump(engine, f"{out}.working.safetensors", master=False)
-    counters = [engine.global_steps, engine.micro_steps * torch.distributed.get_world_size(), engine.global_samples]
+    counters = {
+        "global_steps": engine.global_steps,
+        "skipped_steps": engine.skipped_steps,
+        "global_samples": engine.global_samples,
+        "micro_steps": engine.micro_steps * torch.distributed.get_world_size(),
+    }
+    scaler = fragments.scaler_state(engine)
     engine.destroy()
-    return {"steps": results[-3:], "counters": counters}
+    return {"steps": steps, "counters": counters, "scaler": scaler}
 
 
 def normalise(stage: int, dtype: str, out: str, total: int = 8) -> dict[str, Any]:
@@ -318,12 +330,54 @@ def refused(stage: int, folder: str, kind: str) -> str:
     return "nothing was raised"
 
 
+class Large(nn.Module):
+    """Parameters and nothing else: it is loaded, not run."""
+
+    def __init__(self, shapes: dict[str, list[int]]) -> None:
+        super().__init__()
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
+
+
+def load_memory(stage: int, out: str, folder: str, shapes: dict[str, list[int]]) -> dict[str, int]:
+    """The most bytes, of any rank, that loading took besides the moments, which did not exist before; file pages too.
+
+    Element i of each parameter must be i modulo 2**20, its moments a half and a quarter of that.
+    """
+    engine = build(stage, "float32", total=2, module=Large(shapes))
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    before = memory("VmRSS")
+    fragments.load_fragments(engine, engine.module, Path(folder))
+    taken = memory("VmHWM") - before
+    state = fragments.inner_optimizer(engine).state
+    flats = {fragment.flat for fragment in fragments.iter_fragments(engine, engine.module.named_parameters())}
+    moments = sum(2 * flat.nbytes for flat in flats)
+    for fragment in fragments.iter_fragments(engine, engine.module.named_parameters()):
+        stop = fragment.start + fragment.length
+        expected = torch.arange(fragment.start, stop, dtype=torch.float32).remainder_(2**20)
+        for kind, share in zip(fragments.KINDS, (1, 0.5, 0.25), strict=True):
+            tensor = fragment.flat if kind == "fp32" else state[fragment.flat][kind]
+            assert torch.equal(fragments._view(fragment, tensor), expected * share), (fragment.name, kind)
+    engine.destroy()
+    numbers = torch.tensor([taken - moments, moments])
+    torch.distributed.all_reduce(numbers, torch.distributed.ReduceOp.MAX)
+    return dict(zip(("extra", "moments"), numbers.tolist(), strict=True))
+
+
+def memory(field: str) -> int:
+    """Bytes, of this process."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[field].split()[0]) * 1024
+
+
 def loaded(out: str, names: list[str]) -> list[str]:
     """Which of these modules this process has imported."""
     return [name for name in names if name in sys.modules]
 
 
-CASES = {case.__name__: case for case in (train, normalise, plain, poison, overflow, rollback, refused, loaded)}
+CASES = {
+    case.__name__: case for case in (train, normalise, plain, poison, overflow, rollback, refused, load_memory, loaded)
+}
 
 
 def main() -> None:

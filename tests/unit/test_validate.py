@@ -313,6 +313,34 @@ def test_every_number_and_choice_has_its_range(load, key, wrong, right):
     validate(load(f"{key}={right}"))
 
 
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("bf16.check_grad_overflow=false", "is False: allowed is true (a NaN gradient would reach the weights)"),
+        ("bf16.enabled=true", "is True: allowed is to leave it to student.dtype"),
+        ("gradient_clipping=0.5", "is 0.5: allowed is to leave it to train.max_grad_norm"),
+        ("gradient_allreduce_op=sum", "is 'sum': allowed is mean (the loss is scaled for it)"),
+        ("zero_optimization.stage=1", "is 1: allowed is to leave it to train.zero_stage"),
+        ("zero_optimization.round_robin_gradients=true", "is True: allowed is false (checkpoints do not cover it)"),
+        (
+            "zero_optimization.offload_optimizer.device=nvme",
+            "is 'nvme': allowed is none | cpu (checkpoints do not cover it)",
+        ),
+        ("tensor_parallel={autotp_size: 2}", "is {'autotp_size': 2}: allowed is null (checkpoints do not cover it)"),
+    ],
+)
+def test_deepspeed_entries_that_break_a_run_are_named(load, entry, message):
+    with pytest.raises(ConfigError) as error:
+        validate(load(f"train.deepspeed.{entry}"))
+    assert str(error.value) == f"train.deepspeed.{entry.split('=')[0]} {message}"
+
+
+def test_other_deepspeed_entries_pass(load, warnings):
+    entries = "{bf16: {check_grad_overflow: true}, fp16: {initial_scale_power: 8}, wall_clock_breakdown: false}"
+    validate(load(f"train.deepspeed={entries}", "train.deepspeed.zero_optimization.reduce_bucket_size=1000"))
+    assert warnings() == []
+
+
 def test_the_largest_pool_is_not_below_the_smallest(load):
     with pytest.raises(ConfigError, match=r"max_actors is 2: allowed is teacher\.pool\.min_actors=3 or more"):
         validate(load("teacher.pool.min_actors=3", "teacher.pool.max_actors=2"))
