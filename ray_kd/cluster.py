@@ -18,13 +18,13 @@ from typing import Any
 from ray_kd import storage
 from ray_kd.config import Pool, RunConfig, Teacher, each_teacher
 from ray_kd.errors import ConfigError, RetryableError
+from ray_kd.teacher.deaths import REFUSED_AFTER
 
 logger = logging.getLogger(__name__)
 
 _PROBE_S = 10.0
 _REPARTITION_CPUS = 1.0  # Ray Data's repartition operator
 _READ_CPUS = 0.25  # one read task (data/stream.py)
-_TEACHER_RETRIES = 3
 
 
 @dataclass(frozen=True)
@@ -204,8 +204,8 @@ def actor_pool(pool: Pool) -> dict[str, Any]:
         "compute": ray.data.ActorPoolStrategy(min_size=pool.min_actors, max_size=pool.max_actors),
         "num_cpus": pool.num_cpus,
         "num_gpus": pool.num_gpus,
-        "max_restarts": _TEACHER_RETRIES,
-        "max_task_retries": _TEACHER_RETRIES,
+        "max_restarts": REFUSED_AFTER,
+        "max_task_retries": REFUSED_AFTER,
         "label_selector": dict(pool.label_selector) or None,
     }
 
