@@ -29,7 +29,7 @@ from tests.conftest import REPOSITORY, Job, Jobs
 RECORD = "RAY_KD_CHAOS_RECORD"
 """Environment variable: the file to which each case adds a line (`table.py` prints it)."""
 
-DEADLINE_S = 180.0
+DEADLINE_S = 300.0
 TEACHER, STUDENT = "ray::MapWorker", "ray::RayTrainWorker"  # titles that Ray gives their processes
 
 DEADLY, NAN = "^", "~"  # characters of one record each, for faults that are in the data

@@ -1,5 +1,6 @@
 """What actors that died leave to those after them: a block again, its rows one by one, and a row refused."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,8 +17,11 @@ from tests.unit.teacher.test_stage import VOCAB, block
 
 
 def die(run_dir: Path, attempt: str | None, slots: Sequence[int], teacher: str = "") -> None:
-    """An actor that ends while it asks for these slots."""
-    Deaths(run_dir, attempt, teacher).noted(slots).__enter__()
+    """An actor's process ends while it asks for these slots."""
+    if (pid := os.fork()) == 0:
+        with Deaths(run_dir, attempt, teacher).noted(slots):
+            os._exit(1)
+    os.waitpid(pid, 0)
 
 
 def test_a_row_is_asked_for_with_its_block_then_alone_then_not_at_all(tmp_path):
