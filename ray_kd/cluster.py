@@ -8,8 +8,10 @@ import logging
 import os
 import secrets
 import socket
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,11 +128,20 @@ def check_local_gpus(config: RunConfig) -> None:
 
 @contextmanager
 def connected(config: RunConfig, *, trains: bool = True) -> Iterator[None]:
-    """Ray for the length of the run: joins the configured cluster, or starts a local one and stops it afterwards.
+    """Ray for the length of the block, as `connecting` has it, and there when it begins."""
+    with connecting(config, trains=trains) as wait_for_ray:
+        wait_for_ray()
+        yield
 
-    trains: whether the whole layout is needed; data preparation takes what there is.
-    Raises ConfigError when the cluster cannot be reached, RetryableError when it does not have what the layout
-    needs within `cluster.wait_s`.
+
+@contextmanager
+def connecting(config: RunConfig, *, trains: bool = True) -> Iterator[Callable[[], None]]:
+    """Join the configured cluster, or start a local one, while the block does something else; leave or stop it after.
+
+    Yields what waits until Ray is there. A local one takes seconds of which most are other processes': time to look at
+    models and data. trains: whether the whole layout is needed; data preparation takes what there is.
+    Raises ConfigError when the cluster cannot be reached; waiting raises it for one that cannot be joined, and
+    RetryableError for one that does not have what the layout needs within `cluster.wait_s`.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray Train's minute is too short for a pod that an autoscaler still has to start.
@@ -146,6 +157,33 @@ def connected(config: RunConfig, *, trains: bool = True) -> Iterator[None]:
     logger.info("starting a local Ray" if where is None else f"joining the Ray cluster at {where}")
     if where is not None:
         _check_reachable(where)
+    begun: Future[None] = Future()
+
+    def begin() -> None:
+        try:
+            _begin(config, where)
+            begun.set_result(None)
+        except BaseException as error:  # raised where it is waited for
+            begun.set_exception(error)
+
+    def wait() -> None:
+        begun.result()
+        _quiet_console()
+        if where is not None and trains:
+            _wait_for_resources(Demand.of(config), config.cluster.wait_s)
+
+    thread = threading.Thread(target=begin, name="ray.init", daemon=True)
+    thread.start()
+    try:
+        yield wait
+    finally:
+        thread.join()
+        ray.shutdown()
+
+
+def _begin(config: RunConfig, where: str | None) -> None:
+    import ray
+
     try:
         if where is None:
             ray.init(
@@ -159,13 +197,6 @@ def connected(config: RunConfig, *, trains: bool = True) -> Iterator[None]:
             ray.init(address=where, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError) as error:
         raise ConfigError(f"cannot join the Ray cluster '{where}': {str(error).splitlines()[0]}") from error
-    try:
-        _quiet_console()
-        if where is not None and trains:
-            _wait_for_resources(Demand.of(config), config.cluster.wait_s)
-        yield
-    finally:
-        ray.shutdown()
 
 
 def _quiet_console() -> None:

@@ -91,6 +91,8 @@ class TeacherModel:
     """Weights' type: auto (as saved) | float32 | bfloat16 | float16."""
     threads: int | None = None
     """CPU threads per teacher actor. Default: physical cores shared out between teachers and workers."""
+    timeout_s: float = 900.0
+    """Longest time to load the teacher, or to answer one block of rows; then its actor is ended and replaced."""
     pool: Pool = field(default_factory=Pool)
 
 
@@ -191,6 +193,8 @@ class Train:
     """Gradient clipping by global norm; 0 turns it off."""
     checkpoint_every: int = 100
     """Steps between checkpoints; the last step is always saved."""
+    async_checkpoints: bool = True
+    """Write checkpoints while training goes on, for a copy in host memory (12 bytes a parameter over all workers)."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept."""
     keep_best: bool = True

@@ -40,3 +40,7 @@ class RetryableError(RayKDError, RuntimeError):
     """Infrastructure failed or the run was interrupted; the same command goes on from the last checkpoint."""
 
     exit_code = 75
+
+
+class StorageFull(RetryableError):
+    """There is no space left for what has to be written: trying again at once would meet the same."""

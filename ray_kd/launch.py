@@ -62,9 +62,15 @@ def trainer_class(starts_ray: bool) -> "type[TorchTrainer]":
     """
     import ray
     from ray.train.torch import TorchTrainer
+    from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
     from ray.train.v2._internal.execution.controller import TrainController
 
     class OnOwnRay(TorchTrainer):
+        def _create_default_callbacks(self) -> Any:
+            # It would remove what a dead controller left on a cluster; this Ray ends with this process.
+            found = super()._create_default_callbacks()  # type: ignore[misc] # typed as Train v1's
+            return [callback for callback in found if not isinstance(callback, PlacementGroupCleanerCallback)]
+
         def _initialize_and_run_controller(self, **arguments: Any) -> Any:
             controller: Any = ray.remote(TrainController).options(num_cpus=0).remote(**arguments)
             ray.get(controller.run.remote())

@@ -34,7 +34,7 @@ from ray_kd.teacher.mixture import Part, parts_of
 from ray_kd.teacher.stage import EngineSpec, TeacherStage
 from ray_kd.trainer.feed import Expected
 from ray_kd.trainer.loop import CHECKPOINTS, METRICS, QUARANTINE, STOP_FLAG, TrainSpec, loss_options, train
-from ray_kd.validate import check_settings, validate
+from ray_kd.validate import check_inputs, check_models, check_settings, validate
 
 if TYPE_CHECKING:
     import ray.data
@@ -67,30 +67,31 @@ def distill(config: RunConfig) -> dict[str, Any]:
             run_folder.check_content(run_dir, _content(config, _plan(config)))
         logger.info("run %s is finished already; nothing to do", run_dir)
         return finished
-    with driver_lock(run_dir) as held, launch.interruptible():
-        vocab_size = validate(config).teacher.vocab_size
+    check_inputs(config)
+    with driver_lock(run_dir) as held, launch.interruptible(), cluster.connecting(config) as wait_for_ray:
+        vocab_size = check_models(config).teacher.vocab_size
         plan = _plan(config)
         content = _content(config, plan)
         run_folder.check_content(run_dir, content)  # before anything is written: the run may be another
         _sweep(run_dir)
         planned = None
         try:
-            with cluster.connected(config), launch.interruptible():  # again: ray.init installs a handler of its own
-                cluster.check_shared(run_dir, config.train.timeout_s)
-                prepared = prepare(config, run_dir / QUARANTINE, plan)
-                teachers = _teachers(config, prepared, vocab_size)  # which may refuse, so before it is recorded
-                run_folder.record(run_dir, config, content)
-                order = _order(config, prepared.manifest)
-                planned = summary.Planned.of(prepared.manifest, order)
-                _warn(config, order)
-                student_path = _student(config, run_dir, prepared)
-                payload = _teacher_payload(config, run_dir, vocab_size, teachers)
-                _fit(config, run_dir, held, prepared, order, student_path, payload)
-                held.check()
-                results.finish(config, run_dir)
-                for teacher in teachers:
-                    if teacher.cache is not None and teacher.cache.is_written:
-                        teacher_cache.merge(teacher.cache)
+            wait_for_ray()
+            cluster.check_shared(run_dir, config.train.timeout_s)
+            prepared = prepare(config, run_dir / QUARANTINE, plan)
+            teachers = _teachers(config, prepared, vocab_size)  # which may refuse, so before it is recorded
+            run_folder.record(run_dir, config, content)
+            order = _order(config, prepared.manifest)
+            planned = summary.Planned.of(prepared.manifest, order)
+            _warn(config, order)
+            student_path = _student(config, run_dir, prepared)
+            payload = _teacher_payload(config, run_dir, vocab_size, teachers)
+            _fit(config, run_dir, held, prepared, order, student_path, payload)
+            held.check()
+            results.finish(config, run_dir)
+            for teacher in teachers:
+                if teacher.cache is not None and teacher.cache.is_written:
+                    teacher_cache.merge(teacher.cache)
         except BaseException as error:
             if not isinstance(error, Lost):
                 _write_failure(run_dir, planned, error)
@@ -117,7 +118,7 @@ def cache_teacher(config: RunConfig) -> list[teacher_cache.Filled]:
 
 def _write_failure(run_dir: Path, planned: summary.Planned | None, error: BaseException) -> None:
     exit_code = error.exit_code if isinstance(error, RayKDError) else EXIT_BUG
-    if storage.is_store_error(error):
+    if storage.is_store_error(error) or storage.is_full(error):
         exit_code = RetryableError.exit_code
     try:
         summary.write(run_dir, planned, exit_code)

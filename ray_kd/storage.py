@@ -10,6 +10,7 @@ of each process, as the store's own client reads them (AWS_ACCESS_KEY_ID, AWS_EN
 whatever they like; `store_errors` makes one RetryableError of it.
 """
 
+import errno
 import fcntl
 import hashlib
 import logging
@@ -29,7 +30,7 @@ from typing import IO, Any, cast
 
 from upath import UPath
 
-from ray_kd.errors import ConfigError, RayKDError, RetryableError
+from ray_kd.errors import ConfigError, RayKDError, RetryableError, StorageFull
 
 SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss", "az")
 """Stores whose puts are whole and seen by all at once. Their clients: s3fs, gcsfs, adlfs."""
@@ -79,20 +80,32 @@ def is_remote(location: Path) -> bool:
 
 @contextmanager
 def store_errors() -> Iterator[None]:
-    """What a store's client raises inside, and nobody has caught, becomes a RetryableError of one line."""
+    """What a store's client raises inside, and nobody has caught, becomes a RetryableError of one line.
+
+    StorageFull for want of space, on a disk too; ConfigError for want of permission in a store.
+    """
     try:
         yield
     except RayKDError:
         raise
     except Exception as error:
+        line = " ".join(str(error).split()) or type(error).__name__
+        if is_full(error):
+            raise StorageFull(f"{line[:300]}: the same command goes on when there is space") from error
         if not is_store_error(error):
             raise
-        line = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, PermissionError) or "Credential" in type(error).__name__:
             raise ConfigError(
                 f"the object store let nobody in ({line[:200]}): set its credentials, on every node"
             ) from error
         raise RetryableError(f"the object store failed ({type(error).__name__}: {line[:200]})") from error
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether there was no space, or no quota, left for a file."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return f"os error {errno.ENOSPC}" in str(error)  # safetensors has an exception of its own
 
 
 def is_store_error(error: BaseException) -> bool:

@@ -50,7 +50,8 @@ _AT_LEAST = {
     "eval.batch_size": 1, "eval.max_new_tokens": 1, "cluster.wait_s": 0, "run.seed": 0,
 }  # fmt: skip
 _POSITIVE = (
-    "teacher.pool.num_cpus", "train.cpus_per_worker", "train.learning_rate", "train.timeout_s", "loss.temperature",
+    "teacher.timeout_s", "teacher.pool.num_cpus", "train.cpus_per_worker", "train.learning_rate", "train.timeout_s",
+    "loss.temperature",
 )  # fmt: skip
 
 
@@ -120,11 +121,18 @@ def _check_teachers(config: RunConfig) -> None:
 
 def validate(config: RunConfig) -> Models:
     """Check the whole config: values, plug-ins, combinations, GPUs, models and vocabularies, in order of cost."""
+    check_inputs(config)
+    return check_models(config)
+
+
+def check_inputs(config: RunConfig) -> None:
+    """All but the models: what takes no time, and is refused before anything starts."""
     check_data(config)
     check_settings(config)
-    _warn_without_effect(config)
+    for one, alone in each_teacher(config):
+        with _named(one):
+            _check_engine(alone)
     cluster.check_local_gpus(config)
-    return _check_models(config)
 
 
 def check_data(config: RunConfig) -> None:
@@ -229,6 +237,13 @@ def _warn_without_effect(config: RunConfig) -> None:
             and not engine.Engine.is_local_model
             and f"teacher.engine '{kind}' loads no weights"
         )
+    for one in config.teachers:
+        others = [other for other in config.teachers if other is not one]
+        idle[f"teachers.{one.name}.weight"] = (
+            one.weight != OneOfTeachers.weight
+            and not any(_share_rows(one, other) for other in others)
+            and "no other teacher answers its rows"
+        )
     models_of: list[tuple[str, Teacher | Student]] = [*sections, ("student", config.student)]
     for name, section in models_of:
         is_folder = section.model is not None and models.is_local(section.model)
@@ -253,9 +268,15 @@ def _warn_without_effect(config: RunConfig) -> None:
             logger.warning("%s has no effect: %s", key, reason)
 
 
-def _check_models(config: RunConfig) -> Models:
+def _share_rows(one: OneOfTeachers, other: OneOfTeachers) -> bool:
+    return one.rows is None or other.rows is None or not set(one.rows).isdisjoint(other.rows)
+
+
+def check_models(config: RunConfig) -> Models:
+    """What the models' folders show to be wrong. No weights are loaded; transformers is, which takes seconds."""
     from ray_kd import models
 
+    _warn_without_effect(config)
     teacher_key = config.teacher
     found = []
     for place, (one, alone) in enumerate(each_teacher(config)):
@@ -287,15 +308,13 @@ def _check_models(config: RunConfig) -> Models:
     return Models(teacher, student)
 
 
-def _check_teacher(config: RunConfig, lends_layers: bool) -> "PreTrainedConfig":
-    """One teacher, by the config in which it is the only one."""
-    from ray_kd import models
-
+def _check_engine(config: RunConfig) -> None:
+    """Whether the engine of a single teacher provides what the run needs, and is installed."""
     teacher = config.teacher
     engine, _ = plugins.options("teacher.engines", teacher.engine, "teacher.engine")
     _check_needs(config, engine.Engine)
-    is_evaluated_by_topk = config.eval.kl == "topk" or not engine.Engine.is_local_model
-    _require(not is_evaluated_by_topk or TOPK_LOGPROBS in engine.Engine.provides, "eval.kl", config.eval.kl,
+    is_by_topk = _is_evaluated_by_topk(config, engine.Engine)
+    _require(not is_by_topk or TOPK_LOGPROBS in engine.Engine.provides, "eval.kl", config.eval.kl,
              f"exact with teacher.engine '{plugins.kind_of(teacher.engine)}', which sends no {TOPK_LOGPROBS}",
     )  # fmt: skip
     package = getattr(engine.Engine, "package", None)
@@ -305,9 +324,21 @@ def _check_teacher(config: RunConfig, lends_layers: bool) -> "PreTrainedConfig":
             f"teacher.engine is '{plugins.kind_of(teacher.engine)}' and {package} is not installed here: "
             f"pip install 'ray_kd[{package}]', or another engine"
         )
+
+
+def _is_evaluated_by_topk(config: RunConfig, engine: Any) -> bool:
+    return config.eval.kl == "topk" or not engine.is_local_model
+
+
+def _check_teacher(config: RunConfig, lends_layers: bool) -> "PreTrainedConfig":
+    """The model of a single teacher."""
+    from ray_kd import models
+
+    teacher = config.teacher
+    engine, _ = plugins.options("teacher.engines", teacher.engine, "teacher.engine")
     needs_weights = engine.Engine.is_local_model or lends_layers
     found = models.check_model(teacher.model, teacher.revision, "teacher", needs_weights)
-    needs_topk = teacher.payload == TOPK_LOGPROBS or is_evaluated_by_topk
+    needs_topk = teacher.payload == TOPK_LOGPROBS or _is_evaluated_by_topk(config, engine.Engine)
     _require(not needs_topk or teacher.top_k <= found.vocab_size, "teacher.top_k", teacher.top_k,
              f"at most the teacher's vocabulary of {found.vocab_size}")  # fmt: skip
     return found

@@ -12,8 +12,12 @@ With a cache a row's answer is looked for when its block is here, not earlier: t
 actor may be computing it. What had to be computed is in the cache before the block leaves.
 """
 
+import faulthandler
 import os
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -43,6 +47,7 @@ class EngineSpec:
     num_gpus: float
     threads: int
     batch_tokens: int | None = None
+    timeout_s: float = 900.0
 
     @classmethod
     def of(cls, teacher: Teacher, threads: int) -> "EngineSpec":
@@ -56,6 +61,7 @@ class EngineSpec:
             num_gpus=teacher.pool.num_gpus,
             threads=threads,
             batch_tokens=teacher.batch_tokens,
+            timeout_s=teacher.timeout_s,
         )
 
     def beside_student(self, on_gpu: bool) -> "EngineSpec":
@@ -108,14 +114,25 @@ class TeacherStage:
         self._cuts_to = top_k if is_topk and top_k is not None and top_k < request.top_k else None
         self._folder = storage.path(run_dir)
         self._built: Engine | None = None
-        if cache is None or cache.is_empty:
-            self._engine()
-        with refusal.reported(self._folder), storage.store_errors():
+        with self._guarded():
+            if cache is None or cache.is_empty:
+                self._engine()
             self._journal = Journal(self._folder)
             self._deaths = Deaths(self._folder, attempt, "" if part is None else part.name)
         self._stopped = time.perf_counter()
 
     def __call__(self, block: pa.Table) -> pa.Table:
+        with self._guarded():
+            return self._answer(block)
+
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """Nothing in here takes for ever, and what no other try would change reaches the driver."""
+        timeout_s = None if self._spec is None else self._spec.timeout_s
+        with _deadline(timeout_s), refusal.reported(self._folder), storage.store_errors():
+            yield
+
+    def _answer(self, block: pa.Table) -> pa.Table:
         start = time.perf_counter()
         idle_s = start - self._stopped
         before = replace(self._stats())
@@ -182,8 +199,7 @@ class TeacherStage:
         }
         left = [place for place, error in answers.items() if error is None]
         for group in self._deaths.groups(slots, left):
-            # A server says only when asked that it will never answer this.
-            with self._deaths.noted(slots[group].tolist()), refusal.reported(self._folder):
+            with self._deaths.noted(slots[group].tolist()):
                 said = self._engine().annotate(_prepared(block, np.array(group)), self._request)
             assert len(said) == len(group), f"engine answered {len(said)} of {len(group)} rows"
             answers.update(zip(group, said, strict=True))
@@ -222,8 +238,7 @@ class TeacherStage:
         if self._built is None:
             if self._spec is None:
                 raise RetryableError("a row that was in the teacher cache is not there any more: it will be computed")
-            with refusal.reported(self._folder), storage.store_errors():
-                self._built = self._spec.build()
+            self._built = self._spec.build()
         return self._built
 
     def _look_up(self, row_ids: np.ndarray, places: np.ndarray, payloads: list[bytes]) -> np.ndarray:
@@ -238,6 +253,21 @@ class TeacherStage:
     def _keep(self, row_ids: np.ndarray, places: list[int], payloads: list[bytes]) -> None:
         if self._cache is not None and self._cache.is_written and places:
             self._cache.add(row_ids[places].tolist(), [payloads[place] for place in places])
+
+
+@contextmanager
+def _deadline(seconds: float | None) -> Iterator[None]:
+    """End this process if the block takes longer, its stacks in the actor's log: Ray gives the rows to a new actor.
+
+    Python's own threads could not: what hangs may hold the GIL.
+    """
+    if seconds is not None:
+        assert sys.__stderr__ is not None  # an actor's is its log; sys.stderr may have no file behind it
+        faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def _unanswered(block: pa.Table) -> pa.Table:

@@ -15,6 +15,7 @@ import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -108,38 +109,24 @@ def iter_fragments(engine: Any, named_parameters: Iterable[tuple[str, nn.Paramet
             yield Fragment(name, p.numel(), address.start, flat, mapping.hp_fragment_address.start, address.numel)
 
 
-def save_fragments(engine: Any, module: nn.Module, folder: Path, rank: int, world: int) -> list[str]:
-    """Write this rank's fragments into folder, between two optimizer steps. Returns the names of the files written.
+@dataclass(frozen=True)
+class Copy:
+    """What this rank holds of the training state between two optimizer steps."""
 
-    Costs host memory for one file (about 2 GB). At stage 0, where all ranks hold all, each writes its 1 / world.
-    Raises ValueError with `round_robin_gradients`, whose order DeepSpeed's own fragment addresses do not describe.
+    parts: Iterator[dict[str, torch.Tensor]]
+    """The tensors of each file, in host memory and nobody else's."""
+    record: dict[str, Any]
+
+
+def copy_fragments(engine: Any, module: nn.Module, *, at_once: bool) -> Copy:
+    """Copy this rank's fragments: now, or a file at a time while they are written, when no step may be made.
+
+    Now costs host memory for all of them (over all ranks 12 bytes a trainable parameter), else for one file (about
+    2 GB). At stage 0, where all ranks hold all, each copies its 1 / world.
+    Raises ConfigError with `round_robin_gradients`, whose order DeepSpeed's own fragment addresses do not describe.
     """
     _check_engine(engine)
-    assert (rank, world) == (torch.distributed.get_rank(), torch.distributed.get_world_size())
-    state = inner_optimizer(engine).state
-    files: list[str] = []
-    pending: dict[str, torch.Tensor] = {}
-
-    def flush() -> None:
-        files.append(f"rank{rank:05d}-{len(files):05d}.safetensors")
-        save_file(pending, folder / files[-1])
-        pending.clear()
-
-    for fragment in iter_fragments(engine, module.named_parameters()):
-        if engine.zero_optimization_stage() == 0:
-            fragment = _share(fragment, rank, world)
-        for piece in _pieces(fragment):
-            moments = state.get(piece.flat, {})
-            for kind in KINDS:
-                tensor = piece.flat if kind == "fp32" else moments.get(kind)
-                # No moments exist before the first step; zeros are what that step will start from.
-                values = torch.zeros(piece.length) if tensor is None else _view(piece, tensor)
-                pending[f"{piece.name}|{kind}|{piece.start}"] = values.to("cpu", torch.float32, copy=True)
-            if sum(t.nbytes for t in pending.values()) + 12 * _PIECE_ELEMENTS > MAX_FILE_BYTES:
-                flush()
-    if pending or not files:
-        flush()
-
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     record = {
         "format": FORMAT,
         "rank": rank,
@@ -150,11 +137,46 @@ def save_fragments(engine: Any, module: nn.Module, folder: Path, rank: int, worl
         "skipped_steps": engine.skipped_steps,
         "loss_scaler": scaler_state(engine),
         "parameters": _shapes(module),
-        "files": files,
     }
+    parts = _parts(engine, module, rank, world)
+    return Copy(_emptied(list(parts)) if at_once else parts, record)
+
+
+def write_fragments(copy: Copy, folder: Path) -> list[str]:
+    """Write a copy into folder; returns the names of the files. A part that is written is let go."""
+    rank = copy.record["rank"]
+    files: list[str] = []
+    for part in copy.parts:
+        files.append(f"rank{rank:05d}-{len(files):05d}.safetensors")
+        save_file(part, folder / files[-1])
     name = f"rank{rank:05d}.json"
-    (folder / name).write_text(json.dumps(record, indent=1), encoding="utf-8")
+    (folder / name).write_text(json.dumps(copy.record | {"files": files}, indent=1), encoding="utf-8")
     return [*files, name]
+
+
+def _parts(engine: Any, module: nn.Module, rank: int, world: int) -> Iterator[dict[str, torch.Tensor]]:
+    state = inner_optimizer(engine).state
+    part: dict[str, torch.Tensor] = {}
+    for fragment in iter_fragments(engine, module.named_parameters()):
+        if engine.zero_optimization_stage() == 0:
+            fragment = _share(fragment, rank, world)
+        for piece in _pieces(fragment):
+            if part and sum(tensor.nbytes for tensor in part.values()) + 12 * _PIECE_ELEMENTS > MAX_FILE_BYTES:
+                yield part
+                part = {}
+            moments = state.get(piece.flat, {})
+            for kind in KINDS:
+                tensor = piece.flat if kind == "fp32" else moments.get(kind)
+                # No moments exist before the first step; zeros are what that step will start from.
+                values = torch.zeros(piece.length) if tensor is None else _view(piece, tensor)
+                part[f"{piece.name}|{kind}|{piece.start}"] = values.to("cpu", torch.float32, copy=True)
+    yield part  # a rank that holds nothing writes an empty file
+
+
+def _emptied(parts: list[dict[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
+    parts.reverse()
+    while parts:
+        yield parts.pop()
 
 
 def load_fragments(engine: Any, module: nn.Module, folder: Path) -> None:

@@ -34,7 +34,6 @@ METRICS = "metrics.jsonl"
 QUARANTINE = "quarantine.jsonl"
 STOP_FLAG = ".stop"
 CHECKPOINTS = "checkpoints"
-CONFIG = "config.yaml"
 
 Evaluate = Callable[[Any], dict[str, float]]
 """Engine -> metrics of the held-out rows. A collective: every rank calls it and gets the same numbers."""
@@ -80,7 +79,7 @@ def train(spec: TrainSpec) -> None:
         timeout_s=spec.train.timeout_s,
     )
     run_dir = storage.path(spec.run_dir)
-    with contextlib.closing(feed), storage.store_errors(), writer_lock(run_dir) as held, refusal.reported(run_dir):
+    with contextlib.closing(feed), refusal.reported(run_dir), storage.store_errors(), writer_lock(run_dir) as held:
         _train(spec, feed, held, rank=ray.train.get_context().get_world_rank(), world=world)
 
 
@@ -88,7 +87,9 @@ def _train(spec: TrainSpec, feed: Feed, held: Held, rank: int, world: int) -> No
     import torch
 
     from ray_kd.trainer import zero
-    from ray_kd.trainer.step import train_step
+    from ray_kd.trainer.notice import Notice
+    from ray_kd.trainer.saver import Saver
+    from ray_kd.trainer.step import Flags, train_step
 
     run_dir, options = storage.path(spec.run_dir), spec.train
     stop_flag = storage.Flag(run_dir / STOP_FLAG)
@@ -99,7 +100,8 @@ def _train(spec: TrainSpec, feed: Feed, held: Held, rank: int, world: int) -> No
     if evaluate is not None and first_step == 1:
         _evaluate_before(run_dir, engine, evaluate, rank)
 
-    saved_step = first_step - 1
+    saver = Saver(run_dir / CHECKPOINTS, engine, options, spec.config_yaml, held, saved_step=first_step - 1)
+    notice = Notice()
     with _Recorder(run_dir, first_step, rank) as recorder:
         for step in range(first_step, spec.num_steps + 1):
             start = time.perf_counter()
@@ -110,7 +112,10 @@ def _train(spec: TrainSpec, feed: Feed, held: Held, rank: int, world: int) -> No
                 warmup_steps=options.warmup_steps, num_steps=spec.num_steps,
             )  # fmt: skip
             zero.set_learning_rate(engine, rate)
-            result = train_step(engine, micro_batches, device, stop=stop_flag.is_set())
+            result = train_step(
+                engine, micro_batches, device,
+                flags=Flags(stop=stop_flag.is_set(), is_written=saver.is_written, ask_for_notice=notice.is_due()),
+            )  # fmt: skip
             if result.has_refused:
                 _quarantine_refused(run_dir, micro_batches, rank)
             if result.is_bad and rank == 0:
@@ -118,7 +123,8 @@ def _train(spec: TrainSpec, feed: Feed, held: Held, rank: int, world: int) -> No
             # The first step of an attempt waits for the teacher to load: it is not the teacher being slow.
             ledger.add(result, step_s=time.perf_counter() - start, wait_s=wait_s, is_timed=step > first_step)
 
-            is_last = step == spec.num_steps or result.stop_requested
+            is_last = step == spec.num_steps or result.flags.stop > 0
+            is_noticed = result.flags.ask_for_notice > 0 and notice.is_new()
             metrics = _metrics(step, result, rate, wait_s, spec)
             is_evaluated = evaluate is not None and _is_due(step, options.eval_every, spec.num_steps)
             if evaluate is not None and is_evaluated:
@@ -126,13 +132,19 @@ def _train(spec: TrainSpec, feed: Feed, held: Held, rank: int, world: int) -> No
             is_notable = is_last or is_evaluated or result.is_bad
             recorder.add(metrics, result, is_logged=is_notable or step % options.log_every == 0)
             ledger.totals.wall_s += time.perf_counter() - start
+            if result.flags.is_written == world:
+                saver.commit()
             if len(ledger.bad_in_a_row) > options.max_bad_steps:
-                raise _too_many_bad(ledger.bad_in_a_row, options.max_bad_steps, result, saved_step)
-            if is_last or _is_due(step, options.checkpoint_every, spec.num_steps):
+                saver.commit()
+                raise _too_many_bad(ledger.bad_in_a_row, options.max_bad_steps, result, saver.saved_step)
+            if is_last or is_noticed or _is_due(step, options.checkpoint_every, spec.num_steps):
                 held.check()
                 recorder.publish()
-                _save(spec, engine, step, ledger, metrics, rank, world)
-                saved_step = step
+                finite = _finite(metrics)
+                state = {"ledger": ledger.state(), "student_path": spec.student_path, "metrics": finite}
+                saver.start(step, state, loss=finite["train/loss"])
+            if is_last or is_noticed:
+                saver.commit()
             if is_last:
                 break
 
@@ -211,45 +223,6 @@ def _restore(spec: TrainSpec, engine: Any, rank: int) -> tuple["Ledger", int]:
     load_rng(folder, rank)
     ledger = Ledger.from_state(spec.num_rows, spec.num_planned_rows, document["state"]["ledger"])
     return ledger, int(document["next_slot"]) // spec.train.global_batch_size + 1
-
-
-def _save(
-    spec: TrainSpec, engine: Any, step: int, ledger: "Ledger", metrics: dict[str, Any], rank: int, world: int
-) -> None:
-    """Weights, moments, random state and ledger in one atomic folder, then Ray Train's report."""
-    import ray.train
-    import torch.distributed as dist
-    from ray.train import Checkpoint, CheckpointUploadMode
-
-    from ray_kd import checkpoint
-    from ray_kd.trainer.best import best_step
-    from ray_kd.trainer.fragments import save_fragments
-    from ray_kd.trainer.rng import save_rng
-
-    root = storage.path(spec.run_dir) / CHECKPOINTS
-    tmp = checkpoint.begin(root, step, rank)
-    dist.barrier()
-    files = [*save_fragments(engine, engine.module, tmp, rank, world), save_rng(tmp, rank)]
-    if rank == 0:
-        (tmp / CONFIG).write_text(spec.config_yaml, encoding="utf-8")
-        files.append(CONFIG)
-    hashes: list[Any] = [None] * world
-    dist.all_gather_object(hashes, checkpoint.put_files(tmp, root, step, files))
-    folder = [""]
-    if rank == 0:
-        state = {"ledger": ledger.state(), "student_path": spec.student_path, "metrics": _finite(metrics)}
-        merged = {name: record for each in hashes for name, record in each.items()}
-        next_slot = step * spec.train.global_batch_size
-        folder = [str(checkpoint.commit(tmp, root, step, next_slot, state, merged))]
-        best = best_step(root, last=step) if spec.train.keep_best else None
-        checkpoint.rotate(root, step, keep_last=spec.train.keep_checkpoints, keep=() if best is None else (best,))
-    dist.broadcast_object_list(folder, src=0)
-    # The folder already lies in Train's experiment directory (the run folder), so nothing is copied.
-    ray.train.report(
-        {"step": step, "loss": _finite(metrics)["train/loss"]},
-        checkpoint=Checkpoint(*storage.for_arrow(storage.path(folder[0]))),
-        checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
-    )
 
 
 def _evaluate_before(run_dir: Path, engine: Any, evaluate: Evaluate, rank: int) -> None:

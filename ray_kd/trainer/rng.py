@@ -48,10 +48,10 @@ def set_rng_state(state: dict[str, torch.Tensor]) -> None:
         torch.cuda.set_rng_state(state["torch_cuda"])
 
 
-def save_rng(folder: Path, rank: int) -> str:
-    """Write this rank's state into folder; returns the file's name."""
+def save_rng(state: dict[str, torch.Tensor], folder: Path, rank: int) -> str:
+    """Write what `rng_state` returned on this rank into folder; returns the file's name."""
     name = _file_name(rank)
-    save_file(rng_state(), folder / name)
+    save_file(state, folder / name)
     return name
 
 

@@ -6,7 +6,7 @@ inside the loss; `zero.backward` holds the only compensation for DeepSpeed's ave
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -79,7 +79,7 @@ class StepResult:
     num_tokens: int
     payload_nbytes: int
     teacher_busy_s: float
-    stop_requested: bool
+    flags: "Flags"
     slots: NDArray[np.int64]  # [G], sorted
     row_ids: NDArray[np.int64]  # [G], in the order of the slots, -1 for dummies
     is_trained: NDArray[np.bool_]  # [G], False for dummies and refused answers
@@ -94,18 +94,32 @@ class StepResult:
         return hashlib.sha256(self.row_ids.astype("<i8").tobytes()).hexdigest()
 
 
-def train_step(engine: Any, micro_batches: Sequence["MicroBatch"], device: torch.device, stop: bool) -> StepResult:
-    """Train one global batch. A collective: every rank calls it with the same number of micro-batches.
+@dataclass(frozen=True)
+class Flags:
+    """What the ranks tell each other in a step's own reduction: of this rank going in, the number of ranks coming out.
 
-    stop: this rank was asked to stop; the result says whether any rank was, so that all leave after the same step.
+    So all ranks see the same after the same step, and act together.
     """
-    valid, tokens, nbytes, busy_s, stops = all_reduce(
+
+    stop: int
+    """Asked to stop."""
+    is_written: int
+    """Its files of the started checkpoint are written."""
+    ask_for_notice: int
+    """It is time to ask whether a node is about to be taken away."""
+
+
+def train_step(
+    engine: Any, micro_batches: Sequence["MicroBatch"], device: torch.device, flags: Flags
+) -> StepResult:  # fmt: skip
+    """Train one global batch. A collective: every rank calls it with the same number of micro-batches."""
+    valid, tokens, nbytes, busy_s, *counts = all_reduce(
         [
             sum(len(m.labels) for m in micro_batches),
             sum(m.num_tokens for m in micro_batches),
             sum(m.payload_nbytes for m in micro_batches),
             sum(m.teacher_busy_s for m in micro_batches),
-            float(stop),
+            *astuple(flags),
         ],
         device,
     )
@@ -132,7 +146,7 @@ def train_step(engine: Any, micro_batches: Sequence["MicroBatch"], device: torch
         num_tokens=int(tokens),
         payload_nbytes=int(nbytes),
         teacher_busy_s=busy_s,
-        stop_requested=stops > 0,
+        flags=Flags(*map(int, counts)),
         slots=slots,
         row_ids=row_ids,
         is_trained=is_trained,

@@ -156,9 +156,9 @@ def dump(engine: Any, path: str, master: bool = True) -> None:
 def save(engine: Any, folder: str) -> None:
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     Path(folder).mkdir(parents=True, exist_ok=True)
-    files = fragments.save_fragments(engine, engine.module, Path(folder), rank, world)
+    files = fragments.write_fragments(fragments.copy_fragments(engine, engine.module, at_once=world == 2), Path(folder))
     assert all((Path(folder) / name).is_file() for name in files)
-    rng.save_rng(Path(folder), rank)
+    rng.save_rng(rng.rng_state(), Path(folder), rank)
 
 
 def train(

@@ -3,24 +3,31 @@
 import pytest
 
 from ray_kd import refusal
-from ray_kd.errors import ConfigError
+from ray_kd.errors import ConfigError, RetryableError, StorageFull
 
 
-def refuse(folder):
-    with refusal.reported(folder):
-        raise ConfigError("student: it caps its logits")
+class OfAModel(ConfigError):
+    """A kind of its own."""
 
 
-def test_a_refusal_is_raised_here_and_there(tmp_path):
+@pytest.mark.parametrize("error", [ConfigError, OfAModel, StorageFull])
+def test_a_refusal_is_raised_here_and_there(tmp_path, error):
     refusal.Reported(tmp_path).check()
-    with pytest.raises(ConfigError, match="caps its logits"):
-        refuse(tmp_path)
-    with pytest.raises(ConfigError, match="caps its logits"):
+    with pytest.raises(error, match="it caps its logits"), refusal.reported(tmp_path):
+        raise error("student: it caps its logits")
+    with pytest.raises(ConfigError if error is OfAModel else error, match="it caps its logits"):
         refusal.Reported(tmp_path).check()
+
+
+def test_where_there_is_no_space_for_the_line_the_error_is_raised_all_the_same(tmp_path):
+    with pytest.raises(StorageFull, match="full"), refusal.reported(tmp_path / "nowhere"):
+        raise StorageFull("full")
 
 
 def test_other_errors_are_not_refusals(tmp_path):
     with pytest.raises(OSError, match="disk"), refusal.reported(tmp_path):
         raise OSError("disk")
+    with pytest.raises(RetryableError, match="lost"), refusal.reported(tmp_path):
+        raise RetryableError("lost")
     refusal.Reported(tmp_path).check()
     assert list(tmp_path.iterdir()) == []

@@ -18,7 +18,7 @@ def test_round_trip(tmp_path: Path) -> None:
     # One and two draws: with and without the second normal number of a pair waiting.
     for _ in range(2):
         draw()
-        name = rng.save_rng(tmp_path, rank=3)
+        name = rng.save_rng(rng.rng_state(), tmp_path, rank=3)
         expected = [draw() for _ in range(3)]
         torch.manual_seed(0)
         random.seed(0)
@@ -29,7 +29,7 @@ def test_round_trip(tmp_path: Path) -> None:
 
 
 def test_a_rank_without_state_keeps_its_own(tmp_path: Path) -> None:
-    rng.save_rng(tmp_path, rank=0)
+    rng.save_rng(rng.rng_state(), tmp_path, rank=0)
     before = torch.get_rng_state()
     assert not rng.load_rng(tmp_path, rank=1)
     assert torch.equal(torch.get_rng_state(), before)

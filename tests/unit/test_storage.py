@@ -10,7 +10,7 @@ from upath import UPath
 
 from ray_kd import checkpoint, run_folder, storage
 from ray_kd.data.manifest import Manifest
-from ray_kd.errors import ConfigError, RetryableError
+from ray_kd.errors import ConfigError, RetryableError, StorageFull
 from ray_kd.progress import Progress
 
 
@@ -314,3 +314,11 @@ def test_a_flag_in_a_store_is_looked_at_now_and_then(folder):
     storage.write_text(folder / ".stop", "")
     assert flag.is_set() == (not storage.is_remote(folder))
     assert flag.is_set(at_once=True)
+
+
+def test_a_full_disk_is_retryable_when_there_is_space():
+    with (
+        pytest.raises(StorageFull, match=r"No space left on device.*: the same command goes on"),
+        storage.store_errors(),
+    ):
+        Path("/dev/full").write_bytes(b"1")

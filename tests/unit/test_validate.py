@@ -86,6 +86,13 @@ def test_several_teachers_pass_in_silence(load, workplace, warnings):
         "teachers.two.dtype has no effect: teacher.engine 'http' loads no weights",
         "teachers.two.revision has no effect: teachers.two.model is a folder",
     ]
+    shared = several(workplace, {"model": f"{workplace}/teacher", "name": "three", "rows": ["code"], "weight": 2})
+    validate(load(shared, "data.route_by=domain"))
+    assert len(warnings()) == 4
+    alone = {"model": f"{workplace}/teacher", "name": "alone", "weight": 2, "rows": ["code"]}
+    first = {"model": f"{workplace}/teacher", "rows": ["prose"]}
+    validate(load(f"teachers={json.dumps([first, alone])}", "data.route_by=domain"))
+    assert warnings()[4:] == ["teachers.alone.weight has no effect: no other teacher answers its rows"]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,10 @@
 """The teacher stage as a plain callable: the wire it was told to use, and what it leaves alone."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -32,3 +37,31 @@ def test_answers_travel_on_the_wire_that_was_asked_for(tmp_path, wire, magic):
     payloads = rows.column(schema.TEACHER_PAYLOAD).to_pylist()
     assert [payload[:4] for payload in payloads] == [magic, magic, b""]
     assert TopKLogprobs.decode(payloads[0]).ids.shape[1] == 16
+
+
+HANGS = """
+import sys, time
+import torch  # loading it is no part of the engine's second
+from ray_kd.teacher.stage import EngineSpec, TeacherStage
+from ray_kd.teacher.engine import Request
+from tests.unit.teacher.test_stage import VOCAB, block
+
+spec = EngineSpec({"kind": "fake", "vocab_size": VOCAB}, "teacher", None, "auto", 2, num_gpus=0, threads=1, timeout_s=2)
+stage = TeacherStage(spec, Request(top_k=16), sys.argv[1])
+stage(block(3, 128))
+time.sleep(2.5)  # between two blocks it may wait for ever
+stage._engine().annotate = lambda rows, request: time.sleep(60)
+print("alive", flush=True)
+stage(block(3, 128))
+print("never", flush=True)
+"""
+
+
+def test_a_block_that_takes_too_long_ends_the_actor_with_its_stack(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", HANGS, str(tmp_path)], capture_output=True, text=True, timeout=120, check=False,
+        cwd=Path(__file__).parents[3], env=os.environ | {"PYTHONPATH": "."},
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (1, "alive\n")
+    assert done.stderr.startswith("Timeout (0:00:02)!")
+    assert "in <lambda>" in done.stderr

@@ -1,0 +1,59 @@
+"""Ray starts while the driver looks at models and data, and is stopped whatever comes of that."""
+
+import threading
+
+import pytest
+import ray
+
+from ray_kd import cluster
+from ray_kd.config import RunConfig
+from ray_kd.errors import ConfigError
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """What was asked of Ray; `ray.init` waits for the gate."""
+    seen = {"calls": [], "gate": threading.Event(), "error": None}
+
+    def init(**_):
+        assert seen["gate"].wait(timeout=30)
+        seen["calls"].append("init")
+        if seen["error"] is not None:
+            raise seen["error"]
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "shutdown", lambda: seen["calls"].append("shutdown"))
+    monkeypatch.setattr(cluster, "_quiet_console", lambda: None)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    return seen
+
+
+def test_the_block_begins_before_ray_is_there(seen):
+    with cluster.connecting(RunConfig()) as wait_for_ray:
+        assert seen["calls"] == []
+        seen["gate"].set()
+        wait_for_ray()
+        assert seen["calls"] == ["init"]
+    assert seen["calls"] == ["init", "shutdown"]
+
+
+def test_a_refusal_meanwhile_is_raised_once_ray_is_down_again(seen):
+    threading.Timer(0.2, seen["gate"].set).start()
+    with pytest.raises(ConfigError, match=r"teacher\.model"), cluster.connecting(RunConfig()):
+        raise ConfigError("teacher.model: ...")
+    assert seen["calls"] == ["init", "shutdown"]
+
+
+@pytest.mark.parametrize(
+    ("error", "raised", "line"),
+    [
+        (ConnectionError("no such\ncluster"), ConfigError, r"cannot join .*: no such$"),
+        (OSError("disk"), OSError, "disk"),
+    ],
+)
+def test_what_goes_wrong_is_raised_where_it_is_waited_for(seen, error, raised, line):
+    seen["error"] = error
+    seen["gate"].set()
+    with pytest.raises(raised, match=line), cluster.connected(RunConfig()):
+        pytest.fail("there is no Ray")
+    assert seen["calls"] == ["init", "shutdown"]
