@@ -547,10 +547,11 @@ def _fit(
         sum(teacher.pool.max_actors for teacher in computing),
     )  # fmt: skip
     progress = Progress(run_dir / METRICS, order.num_steps)
+    head = cluster.Head(ray.get_runtime_context().gcs_address)
     try:
         launch.fit(
             trainer.fit,
-            on_poll=[held.check, progress.update, refusal.Reported(run_dir).check],
+            on_poll=[held.check, progress.update, refusal.Reported(run_dir).check, head.check],
             request_stop=(run_dir / STOP_FLAG).touch,
         )
     finally:
