@@ -4,15 +4,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: help setup quickstart test test-unit test-matrix test-vllm lint format clean
+.PHONY: help setup quickstart test test-unit test-matrix test-vllm chaos lint format clean
 
 help:
 	@echo "make quickstart   set up, then distil SmolLM2-135M into 15 of its layers (about 10 minutes)"
-	@echo "make test         set up, then lint and every test"
+	@echo "make test         set up, then lint and every test but those of test-vllm, test-matrix and chaos"
 	@echo "make setup        make .venv with everything in it; the others do it too"
 	@echo "make test-unit    the tests that need no Ray (four minutes)"
 	@echo "make test-vllm    the tests of the vLLM engine, in .venv-vllm, an environment of its own (CPU)"
-	@echo "make test-matrix  every ZeRO stage, number of ranks and dtype to every other (TIME)"
+	@echo "make test-matrix  every ZeRO stage, number of ranks and dtype to every other"
+	@echo "make chaos        faults strike runs on a local cluster (ROUNDS=3: three times); prints what each cost"
 	@echo "make lint         ruff and mypy through pre-commit"
 	@echo "make format       fix and format with ruff"
 	@echo "make clean        remove .venv, .venv-vllm and runs"
@@ -42,6 +43,16 @@ test-unit: setup
 # Both what is marked `matrix` and the combinations that `make test` chose of the same product.
 test-matrix: setup
 	$(BIN)/python -m pytest tests/integration/test_zero.py
+
+ROUNDS := 1
+CHAOS_RECORD := runs/chaos.jsonl
+
+chaos: setup
+	mkdir -p runs
+	rm -f $(CHAOS_RECORD)
+	status=0; for round in $$(seq $(ROUNDS)); do \
+		RAY_KD_CHAOS_RECORD=$(CHAOS_RECORD) $(BIN)/python -m pytest -m chaos tests/chaos || status=1; \
+	done; $(BIN)/python -m tests.chaos.table $(CHAOS_RECORD); exit $$status
 
 VLLM_VENV := .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin

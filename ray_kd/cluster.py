@@ -20,13 +20,15 @@ from typing import Any
 from ray_kd import storage
 from ray_kd.config import Pool, RunConfig, Teacher, each_teacher
 from ray_kd.errors import ConfigError, RetryableError
+from ray_kd.teacher.deaths import REFUSED_AFTER
 
 logger = logging.getLogger(__name__)
 
 _PROBE_S = 10.0
+_HEAD_EVERY_S = 3.0
+_HEAD_LOST_S = 20.0
 _REPARTITION_CPUS = 1.0  # Ray Data's repartition operator
 _READ_CPUS = 0.25  # one read task (data/stream.py)
-_TEACHER_RETRIES = 3
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,36 @@ def _check_reachable(where: str) -> None:
         raise ConfigError(
             f"cannot reach the Ray cluster at cluster.address (or RAY_ADDRESS) '{where}': {error.strerror or error}"
         ) from error
+
+
+class Head:
+    """The head of the cluster, for the driver to ask again and again while it waits.
+
+    Ray gives a lost one a minute and then ends this process: no line, no summary, exit code 1.
+    where: host:port of its control service.
+    """
+
+    def __init__(self, where: str, lost_s: float = _HEAD_LOST_S, every_s: float = _HEAD_EVERY_S) -> None:
+        host, _, port = where.rpartition(":")
+        self._where = (host.strip("[]"), int(port))
+        self._lost_s, self._every_s = lost_s, every_s
+        self._asked_at = self._answered_at = time.monotonic()
+
+    def check(self) -> None:
+        """Raise RetryableError when it did not answer for lost_s seconds."""
+        now = time.monotonic()
+        if now < self._asked_at + self._every_s:
+            return
+        self._asked_at = now
+        try:
+            socket.create_connection(self._where, timeout=_HEAD_EVERY_S).close()
+            self._answered_at = now
+        except OSError as error:
+            if now - self._answered_at >= self._lost_s:
+                raise RetryableError(
+                    f"the head of the Ray cluster at {':'.join(map(str, self._where))} did not answer for "
+                    f"{self._lost_s:g} s ({error.strerror or error}): the same command goes on, on a cluster that does"
+                ) from error
 
 
 def check_local_gpus(config: RunConfig) -> None:
@@ -235,8 +267,8 @@ def actor_pool(pool: Pool) -> dict[str, Any]:
         "compute": ray.data.ActorPoolStrategy(min_size=pool.min_actors, max_size=pool.max_actors),
         "num_cpus": pool.num_cpus,
         "num_gpus": pool.num_gpus,
-        "max_restarts": _TEACHER_RETRIES,
-        "max_task_retries": _TEACHER_RETRIES,
+        "max_restarts": REFUSED_AFTER,
+        "max_task_retries": REFUSED_AFTER,
         "label_selector": dict(pool.label_selector) or None,
     }
 

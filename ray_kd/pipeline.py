@@ -27,6 +27,7 @@ from ray_kd.heldout import make_evaluate
 from ray_kd.locks import Held, Lost, driver_lock
 from ray_kd.payloads import HIDDEN_STATES, TOPK_LOGPROBS, hidden_states, topk_logprobs
 from ray_kd.progress import Progress
+from ray_kd.teacher import deaths
 from ray_kd.teacher.cache import DISABLED, WRITE_THROUGH, Cache
 from ray_kd.teacher.engine import Request
 from ray_kd.teacher.mixture import Part, parts_of
@@ -405,6 +406,7 @@ def _stream(spec: _StreamSpec) -> "ray.data.Dataset":
         newest = checkpoint.newest_verified(run_dir / CHECKPOINTS)
         start_slot = int(checkpoint.read_state(newest)["next_slot"]) if newest else 0
         _note_attempt(run_dir, start_slot)
+    attempt = deaths.begin(run_dir)
 
     # The controller has a DataContext of its own: what the driver set does not reach it.
     context = ray.data.DataContext.get_current()
@@ -421,7 +423,7 @@ def _stream(spec: _StreamSpec) -> "ray.data.Dataset":
     for teacher in computing:
         rows = rows.map_batches(
             TeacherStage,
-            fn_constructor_args=(teacher.engine, *_stage_arguments(spec, teacher)),
+            fn_constructor_args=(teacher.engine, *_stage_arguments(spec, teacher), attempt),
             batch_size=spec.block_rows,
             batch_format="pyarrow",
             **cluster.actor_pool(teacher.pool),
@@ -545,10 +547,11 @@ def _fit(
         sum(teacher.pool.max_actors for teacher in computing),
     )  # fmt: skip
     progress = Progress(run_dir / METRICS, order.num_steps)
+    head = cluster.Head(ray.get_runtime_context().gcs_address)
     try:
         launch.fit(
             trainer.fit,
-            on_poll=[held.check, progress.update, refusal.Reported(run_dir).check],
+            on_poll=[held.check, progress.update, refusal.Reported(run_dir).check, head.check],
             request_stop=(run_dir / STOP_FLAG).touch,
         )
     finally:

@@ -4,6 +4,7 @@ config.yaml      the resolved config, secrets masked
 run.json         the identity: what must not change between attempts
 attempts.jsonl   one line per start of the worker group (start slot)
 teacher/         journal of the teacher actors, one file each
+teacher_deaths/  what was asked of those that died
 teacher_head/    the head of a teacher that sends hidden states
 metrics.jsonl, quarantine.jsonl, eval_before.json, checkpoints/, final/, summary.json, driver.log
 """

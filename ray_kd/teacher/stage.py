@@ -5,8 +5,8 @@ Comes in: blocks of rows with `slot` and `weight`. Goes out: the same rows, in o
 (weight 0) are passed through with an empty payload.
 
 A row the teacher cannot answer usably keeps its slot, gets weight 0 and carries the reason: slots never shift and
-a failed answer is never replaced by padding. An engine that raises for the whole block is retried by Ray
-(`max_task_retries`) and then fails the run.
+a failed answer is never replaced by padding. A block whose actor died comes again to the next one, which knows of the
+death (`deaths.py`). An engine that raises for the whole block fails the attempt.
 
 With a cache a row's answer is looked for when its block is here, not earlier: the reader runs far ahead, and another
 actor may be computing it. What had to be computed is in the cache before the block leaves.
@@ -26,9 +26,10 @@ import pyarrow as pa
 
 from ray_kd import plugins, refusal, schema, storage
 from ray_kd.config import Teacher
-from ray_kd.errors import RetryableError
+from ray_kd.errors import DataError, RetryableError
 from ray_kd.payloads import TOPK_LOGPROBS, TopKLogprobs
 from ray_kd.teacher.cache import Cache, cut
+from ray_kd.teacher.deaths import Deaths
 from ray_kd.teacher.engine import Engine, Request, RowError, Stats
 from ray_kd.teacher.journal import Journal
 from ray_kd.teacher.mixture import Part
@@ -100,11 +101,12 @@ class TeacherStage:
     spec None: there is no engine, and a row that is not in the cache raises RetryableError.
     top_k: tokens a position that the student asked for, where the request, and so the cache, may have more.
     part: this teacher's, where there are several. The stages of those before it may have added to the rows.
+    attempt: as of `deaths.begin`; None: a row that ends the process is asked again as long as Ray does.
     """
 
     def __init__(
         self, spec: EngineSpec | None, request: Request, run_dir: str, wire: str = "plain",
-        cache: Cache | None = None, top_k: int | None = None, part: Part | None = None,
+        cache: Cache | None = None, top_k: int | None = None, part: Part | None = None, attempt: str | None = None,
     ) -> None:  # fmt: skip
         self._spec, self._request, self._wire, self._cache, self._part = spec, request, wire, cache, part
         is_topk = request.kind == TOPK_LOGPROBS
@@ -116,6 +118,7 @@ class TeacherStage:
             if cache is None or cache.is_empty:
                 self._engine()
             self._journal = Journal(self._folder)
+            self._deaths = Deaths(self._folder, attempt, "" if part is None else part.name)
         self._stopped = time.perf_counter()
 
     def __call__(self, block: pa.Table) -> pa.Table:
@@ -144,15 +147,16 @@ class TeacherStage:
         answers: list[Any] = []
         if len(asked):
             before_s = time.perf_counter()
-            engine = self._engine()
+            self._engine()
             start += time.perf_counter() - before_s  # loading the model, if that was now, is no work on these rows
-            answers = engine.annotate(_prepared(block, asked), self._request)
-        assert len(answers) == len(asked), f"engine answered {len(answers)} of {len(asked)} rows"
+            answers = self._ask(block, slots, row_ids, asked)
         for place, answer in zip(asked, answers, strict=True):
+            try:
+                payloads[place] = b"" if isinstance(answer, RowError) else answer.encode(self._wire_of(routes[place]))
+            except DataError as error:  # NaN, or ids of no vocabulary: of an engine that did not look itself
+                answer = RowError(str(error))
             if isinstance(answer, RowError):
                 weight[place], errors[place] = 0.0, self._named(answer.reason)
-            else:
-                payloads[place] = answer.encode(self._wire_of(routes[place]))
         self._keep(row_ids, [place for place in asked if payloads[place]], payloads)
         if self._cuts_to is not None:
             payloads = [cut(payload, self._cuts_to, self._wire) if payload else payload for payload in payloads]
@@ -187,6 +191,19 @@ class TeacherStage:
                 schema.TEACHER_ERROR: pa.array(errors, type=pa.string()),
             },
         )
+
+    def _ask(self, block: pa.Table, slots: np.ndarray, row_ids: np.ndarray, places: np.ndarray) -> list[Any]:
+        """An answer for each place. All are asked for at once, but for rows that actors died of."""
+        answers: dict[int, Any] = {
+            int(place): self._deaths.error(int(slots[place]), int(row_ids[place])) for place in places
+        }
+        left = [place for place, error in answers.items() if error is None]
+        for group in self._deaths.groups(slots, left):
+            with self._deaths.noted(slots[group].tolist()):
+                said = self._engine().annotate(_prepared(block, np.array(group)), self._request)
+            assert len(said) == len(group), f"engine answered {len(said)} of {len(group)} rows"
+            answers.update(zip(group, said, strict=True))
+        return list(answers.values())
 
     def _stats(self) -> Stats:
         return getattr(self._built, "stats", None) or Stats()  # an engine of a third party may have none

@@ -84,6 +84,7 @@ def test_the_driver_is_killed(local_jobs, jobs, settings, uninterrupted):
     assert job.summary["teacher_rows_repeated"] > 0
 
 
+@pytest.mark.chaos
 def test_the_driver_of_a_run_in_an_object_store_is_killed(
     tmp_path_factory, ray_environment, object_store, jobs, settings, uninterrupted
 ):
@@ -126,6 +127,7 @@ def test_a_worker_is_killed(jobs, settings, uninterrupted):
     assert job.summary["restarts"] == 1
 
 
+@pytest.mark.chaos
 def test_sigterm_saves_and_leaves(jobs, settings, uninterrupted):
     process = jobs.start("terminated", *settings)
     jobs.wait_for_step("terminated", 2, process)

@@ -1,5 +1,6 @@
 """Ray starts while the driver looks at models and data, and is stopped whatever comes of that."""
 
+import socket
 import threading
 
 import pytest
@@ -7,7 +8,7 @@ import ray
 
 from ray_kd import cluster
 from ray_kd.config import RunConfig
-from ray_kd.errors import ConfigError
+from ray_kd.errors import ConfigError, RetryableError
 
 
 @pytest.fixture
@@ -57,3 +58,15 @@ def test_what_goes_wrong_is_raised_where_it_is_waited_for(seen, error, raised, l
     with pytest.raises(raised, match=line), cluster.connected(RunConfig()):
         pytest.fail("there is no Ray")
     assert seen["calls"] == ["init", "shutdown"]
+
+
+def test_a_head_that_is_gone_ends_the_run_before_ray_ends_the_process():
+    """Of a pause it makes nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        where = f"127.0.0.1:{server.getsockname()[1]}"
+        head, impatient = (cluster.Head(where, lost_s, every_s=0.0) for lost_s in (60.0, 0.0))
+        head.check()
+        impatient.check()
+    head.check()
+    with pytest.raises(RetryableError, match=f"the Ray cluster at {where} did not answer for 0 s .*goes on"):
+        impatient.check()
