@@ -12,7 +12,7 @@ help:
 	@echo "make setup        make .venv with everything in it; the others do it too"
 	@echo "make test-unit    the tests that need no Ray (four minutes)"
 	@echo "make test-vllm    the tests of the vLLM engine, in .venv-vllm, an environment of its own (CPU)"
-	@echo "make test-matrix  every ZeRO stage, number of ranks and dtype to every other"
+	@echo "make test-matrix  resume from every ZeRO stage, number of ranks and dtype on every other (10 minutes)"
 	@echo "make chaos        faults strike runs on a local cluster (ROUNDS=3: three times); prints what each cost"
 	@echo "make lint         ruff and mypy through pre-commit"
 	@echo "make format       fix and format with ruff"

@@ -197,10 +197,11 @@ def test_resume_with_bf16_optimizer_is_bitwise(run: Runs, world: int) -> None:
 
 
 RESIZES = (STAGES, WORLDS, STAGES, WORLDS, DTYPES)
+# Half precision: three times the largest deviation of the 144 pairs.
 AFTER_RESIZE = {
     "float32": {"loss": 1e-6, "norm": 1e-6, "weight": 1e-6},
-    "bfloat16": {"loss": 2e-3, "norm": 2e-2},
-    "float16": {"loss": 2e-3, "norm": 2e-2},
+    "bfloat16": {"loss": 1e-3, "norm": 6e-3, "weight": 5e-4},
+    "float16": {"loss": 2.5e-4, "norm": 1.2e-3, "weight": 2e-4},
 }
 
 
