@@ -19,7 +19,7 @@ from typing import Any
 from ray_kd import storage
 from ray_kd.config import Pool, RunConfig, Teacher, each_teacher, worker_range
 from ray_kd.errors import ConfigError, RetryableError
-from ray_kd.layout import READ_CPUS, REPARTITION_CPUS, Layout, Node, find_problem, unreachable
+from ray_kd.layout import READ_CPUS, REPARTITION_CPUS, Layout, Node, cautions, find_problem
 
 logger = logging.getLogger(__name__)
 
@@ -198,7 +198,7 @@ def _wait_for_layout(layout: Layout, wait_s: float) -> None:
         can_grow = is_autoscaling_enabled()
         problem = find_problem(layout, alive, can_grow)
         if problem is None:
-            for line in unreachable(layout, alive) if not can_grow else ():
+            for line in cautions(layout, alive, can_grow):
                 logger.warning("%s", line)
             return
         now = time.monotonic()

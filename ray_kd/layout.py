@@ -132,8 +132,22 @@ def find_problem(layout: Layout, nodes: Sequence[Node], can_grow: bool = False) 
     )
 
 
-def unreachable(layout: Layout, nodes: Sequence[Node]) -> Iterator[str]:
-    """Of each pool that these nodes cannot let grow to its most: how far they can. One line each."""
+def cautions(layout: Layout, nodes: Sequence[Node], can_grow: bool = False) -> Iterator[str]:
+    """What does not keep the layout from running, one line each: a pool that cannot grow to its most, nodes miscounted.
+
+    can_grow: as in `find_problem`.
+    """
+    stream = [node for node in nodes if matches(node.labels, layout.stream_labels) and node.num_cpus]
+    named = layout.stream_labels.get(SUBCLUSTER)
+    if stream and all(node.labels.get(SUBCLUSTER) != named for node in stream):
+        value = stream[0].labels.get(SUBCLUSTER)
+        yield (
+            f"the teachers' nodes carry {SUBCLUSTER}={value} and {layout.pools[0].key}.label_selector does not name "
+            f"it: Ray Data counts the CPUs of other nodes as its own. Add {SUBCLUSTER}: {value} to the label_selector "
+            "of every pool"
+        )
+    if can_grow:
+        return
     rooms = [_Room(node) for node in nodes]
     for group in layout.groups:
         _fill(group, group.least, rooms)
@@ -237,17 +251,7 @@ def _without_room(layout: Layout, nodes: Sequence[Node]) -> Problem | None:
 
 
 def _not_counted(layout: Layout, nodes: Sequence[Node]) -> Problem | None:
-    """Nodes whose resources Ray does not count for those that are to run there, or counts for others."""
-    stream = [node for node in nodes if matches(node.labels, layout.stream_labels) and node.num_cpus]
-    named = layout.stream_labels.get(SUBCLUSTER)
-    if stream and all(node.labels.get(SUBCLUSTER) != named for node in stream):
-        value = stream[0].labels.get(SUBCLUSTER)
-        return Problem(
-            f"the nodes of the teachers carry {SUBCLUSTER}={value} and {layout.pools[0].key}.label_selector does not "
-            f"name it: Ray Data would count the CPUs of other nodes. Add {SUBCLUSTER}: {value} to the label_selector "
-            "of every pool",
-            is_short=False,
-        )
+    """Nodes on which Ray counts room for a range of workers that are not to run there, or none for those that are."""
     workers = layout.workers
     if workers.least == workers.most:
         return None
