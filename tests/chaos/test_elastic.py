@@ -15,17 +15,11 @@ pytestmark = [pytest.mark.ray, pytest.mark.chaos]
 TEACHER = {"ray-subcluster": "teacher", "pool": "teacher"}
 STUDENT = {"pool": "student"}
 SETTINGS = (
-    "eval.kl=topk", "eval.max_rows=4", "train.max_steps=null", "train.epochs=3", "train.zero_stage=2",
-    "train.checkpoint_every=1000",
+    "eval.kl=topk", "eval.max_rows=4", "train.max_steps=null", "train.epochs=2", "train.zero_stage=2",
+    "train.checkpoint_every=1000", "train.cpus_per_worker=1", "train.label_selector={pool: student}",
+    "teacher.pool.label_selector={ray-subcluster: teacher}",
 )  # fmt: skip
 ENGINE = "teacher.engine={{kind: fake, vocab_size: 259, delay_s: {}}}"
-
-
-@pytest.fixture(scope="module")
-def undisturbed(jobs):
-    job = jobs.distill("undisturbed", *SETTINGS, ENGINE.format(0), "train.num_workers=2")
-    assert job.exit_code == 0, job.stderr
-    return job
 
 
 def num_workers(address):
@@ -55,21 +49,21 @@ def wait_until(is_so, process, timeout_s=90):
     return time.monotonic() - start
 
 
-def test_a_student_node_leaves_and_comes_back(tmp_path_factory, ray_environment, undisturbed, jobs):
+@pytest.mark.timeout(900)
+def test_a_student_node_leaves_and_comes_back(tmp_path_factory, ray_environment):
     with local_cluster(ray_environment, num_cpus=3, labels=TEACHER) as cluster:
         for name in ("student-1", "student-2"):
             cluster.add(name, 1, STUDENT)
         elastic = Jobs(tmp_path_factory.mktemp("elastic"), ray_environment, cluster.address)
-        elastic.data.write_bytes(jobs.data.read_bytes())
+        undisturbed = elastic.distill("undisturbed", *SETTINGS, ENGINE.format(0), "train.num_workers=2")
+        assert undisturbed.exit_code == 0, undisturbed.stderr
 
         def starts():
             lines = storage.read_lines(elastic.run_dir("elastic") / "attempts.jsonl")
             return [json.loads(line)["start_slot"] for line in lines]
 
         process = elastic.start(
-            "elastic", *SETTINGS, ENGINE.format(0.4), f"student.model={jobs.student}", "train.num_workers=[1,2]",
-            "train.cpus_per_worker=1", "train.label_selector={pool: student}", "train.resize_every_s=1",
-            "teacher.pool.label_selector={ray-subcluster: teacher}",
+            "elastic", *SETTINGS, ENGINE.format(0.4), "train.num_workers=[1,2]", "train.resize_every_s=1",
         )  # fmt: skip
         elastic.wait_for_step("elastic", 3, process)
         assert num_workers(cluster.address) == 2
