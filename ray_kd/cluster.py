@@ -1,7 +1,8 @@
 """Where the work runs: join or start Ray, size it, and refuse a layout that would starve, before anything starts.
 
 A local Ray gets as many logical CPUs as the layout needs, whatever the machine has: with fewer the stream waits for
-ever for the CPU that its repartition takes. Threads come from physical cores instead.
+ever for the CPU that its repartition takes. Threads come from physical cores instead. On a cluster the layout is held
+against the nodes there are (layout.py).
 """
 
 import logging
@@ -18,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from ray_kd import storage
-from ray_kd.config import Pool, RunConfig, Teacher, each_teacher
+from ray_kd.config import Pool, RunConfig, Teacher, each_teacher, worker_range
 from ray_kd.errors import ConfigError, RetryableError
+from ray_kd.layout import READ_CPUS, REPARTITION_CPUS, Layout, Node, cautions, find_problem
 from ray_kd.teacher.deaths import REFUSED_AFTER
 
 logger = logging.getLogger(__name__)
@@ -27,26 +29,27 @@ logger = logging.getLogger(__name__)
 _PROBE_S = 10.0
 _HEAD_EVERY_S = 3.0
 _HEAD_LOST_S = 20.0
-_REPARTITION_CPUS = 1.0  # Ray Data's repartition operator
-_READ_CPUS = 0.25  # one read task (data/stream.py)
+_SETTLED_S = 5.0
+_LOOK_S = 1.0
 
 
 @dataclass(frozen=True)
 class Demand:
-    """Logical resources that must be there at once for the stream to move."""
+    """Logical resources of a local Ray, which has all at once that the run may ever take."""
 
     num_cpus: float
     num_gpus: float
 
     @classmethod
     def of(cls, config: RunConfig) -> "Demand":
-        """Workers, all of every teacher pool, the repartition and one read per teacher."""
+        """All workers, all of every teacher pool, the repartition and one read per teacher."""
         train, pools = config.train, pools_of(config)
+        _, workers = worker_range(train)
         return cls(
-            num_cpus=train.num_workers * train.cpus_per_worker
-            + sum(pool.max_actors * (pool.num_cpus + _READ_CPUS) for pool in pools)
-            + _REPARTITION_CPUS,
-            num_gpus=train.num_workers * train.gpus_per_worker + sum(pool.max_actors * pool.num_gpus for pool in pools),
+            num_cpus=workers * train.cpus_per_worker
+            + sum(pool.max_actors * (pool.num_cpus + READ_CPUS) for pool in pools)
+            + REPARTITION_CPUS,
+            num_gpus=workers * train.gpus_per_worker + sum(pool.max_actors * pool.num_gpus for pool in pools),
         )
 
 
@@ -61,7 +64,7 @@ class Threads:
     @classmethod
     def of(cls, config: RunConfig) -> "Threads":
         """As configured, or the physical cores of this machine shared out evenly between teachers and workers."""
-        processes = max_teachers(config) + config.train.num_workers
+        processes = max_teachers(config) + worker_range(config.train)[1]
         share = max(1, physical_cores() // processes)
         return cls(share, config.train.threads_per_worker or share)
 
@@ -152,7 +155,7 @@ def check_local_gpus(config: RunConfig) -> None:
     if found < demand.num_gpus:
         raise ConfigError(
             f"the layout needs {demand.num_gpus:g} GPUs (train.gpus_per_worker={config.train.gpus_per_worker:g} x "
-            f"{config.train.num_workers} workers + teacher.pool.num_gpus="
+            f"{worker_range(config.train)[1]} workers + teacher.pool.num_gpus="
             f"{' + '.join(f'{pool.num_gpus:g} x {pool.max_actors} actors' for pool in pools_of(config))}) and this "
             f"machine has {found}: set them to 0, or join a cluster"
         )
@@ -172,12 +175,14 @@ def connecting(config: RunConfig, *, trains: bool = True) -> Iterator[Callable[[
 
     Yields what waits until Ray is there. A local one takes seconds of which most are other processes': time to look at
     models and data. trains: whether the whole layout is needed; data preparation takes what there is.
-    Raises ConfigError when the cluster cannot be reached; waiting raises it for one that cannot be joined, and
-    RetryableError for one that does not have what the layout needs within `cluster.wait_s`.
+    Raises ConfigError when the cluster cannot be reached; waiting raises it for one that cannot be joined or never
+    holds the layout, and RetryableError for one that could but does not within `cluster.wait_s`.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Ray Train's minute is too short for a pod that an autoscaler still has to start.
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "600")
+    # Ray Train's minute is too short for a pod that an autoscaler still has to start. A range of workers starts with
+    # those that the nodes there are have room for, and counts again after a start that took too long.
+    is_elastic = isinstance(config.train.num_workers, list)
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "60" if is_elastic else "600")
     import ray
 
     where = address(config)
@@ -202,7 +207,7 @@ def connecting(config: RunConfig, *, trains: bool = True) -> Iterator[Callable[[
         begun.result()
         _quiet_console()
         if where is not None and trains:
-            _wait_for_resources(Demand.of(config), config.cluster.wait_s)
+            _wait_for_layout(Layout.of(config), config.cluster.wait_s)
 
     thread = threading.Thread(target=begin, name="ray.init", daemon=True)
     thread.start()
@@ -240,23 +245,57 @@ def _quiet_console() -> None:
             handler.setLevel(logging.CRITICAL)  # what it says of an interrupt, too: errors reach us as exceptions
 
 
-def _wait_for_resources(demand: Demand, wait_s: float) -> None:
+def _wait_for_layout(layout: Layout, wait_s: float) -> None:
+    """Until the cluster's nodes hold the layout.
+
+    Without an autoscaler a layout that may starve is refused as soon as no node has come for some seconds, and one for
+    which there is too little after wait_s: the nodes of a cluster do not all come at once. Raises ConfigError for both;
+    RetryableError after wait_s where an autoscaler may yet start nodes, or one that would have done is lost.
+    """
+    from ray.data._internal.cluster_autoscaler.util import is_autoscaling_enabled
+
+    start = changed = time.monotonic()
+    known: set[str] = set()
+    while True:
+        alive, lost = _nodes()
+        can_grow = is_autoscaling_enabled()
+        problem = find_problem(layout, alive, can_grow)
+        if problem is None:
+            for line in cautions(layout, alive, can_grow):
+                logger.warning("%s", line)
+            return
+        now = time.monotonic()
+        if names := {node.name for node in alive} - known:
+            known |= names
+            changed = now
+        if not can_grow and not problem.is_short and now - changed >= min(wait_s, _SETTLED_S):
+            raise ConfigError(problem.text)
+        if now - start >= wait_s:
+            waited = f"{problem.text} (waited cluster.wait_s={wait_s:g} s)"
+            if can_grow or (lost and find_problem(layout, [*alive, *lost]) is None):
+                raise RetryableError(waited)
+            raise ConfigError(waited)
+        logger.info("waiting for the cluster: %s", problem.text)
+        time.sleep(_LOOK_S)
+
+
+def _nodes() -> tuple[list[Node], list[Node]]:
+    """(the cluster's nodes that are alive, those that are not)."""
     import ray
 
-    deadline = time.monotonic() + wait_s
-    while True:
-        have = ray.cluster_resources()
-        num_cpus, num_gpus = have.get("CPU", 0.0), have.get("GPU", 0.0)
-        if num_cpus >= demand.num_cpus and num_gpus >= demand.num_gpus:
-            return
-        if time.monotonic() > deadline:
-            raise RetryableError(
-                f"the cluster has {num_cpus:g} CPUs and {num_gpus:g} GPUs, the layout needs {demand.num_cpus:g} and "
-                f"{demand.num_gpus:g}; waited cluster.wait_s={wait_s:g} s"
+    found: tuple[list[Node], list[Node]] = [], []
+    for node in ray.nodes():
+        has = node["Resources"]
+        found[not node["Alive"]].append(
+            Node(
+                name=f"{node['NodeManagerHostname']} {node['NodeID'][:8]}",
+                num_cpus=has.get("CPU", 0.0),
+                num_gpus=has.get("GPU", 0.0),
+                labels=node.get("Labels") or {},
+                is_head="node:__internal_head__" in has,
             )
-        logger.info("waiting for the cluster: %g of %g CPUs, %g of %g GPUs",
-                    num_cpus, demand.num_cpus, num_gpus, demand.num_gpus)  # fmt: skip
-        time.sleep(2.0)
+        )
+    return found
 
 
 def actor_pool(pool: Pool) -> dict[str, Any]:

@@ -163,8 +163,10 @@ class Loss:
 
 @dataclass
 class Train:
-    num_workers: int = 1
-    """Training processes (DeepSpeed ranks)."""
+    num_workers: Any = 1
+    """Training processes (DeepSpeed ranks), or [min, max]: as many of them as the cluster has nodes for at the time."""
+    resize_every_s: float = 60.0
+    """With [min, max] workers: seconds between looks at whether there is room for more; then they start again."""
     cpus_per_worker: float = 0.5
     """Logical CPUs per worker."""
     gpus_per_worker: float = 0
@@ -176,7 +178,7 @@ class Train:
     micro_batch_size: int = 1
     """Rows per forward and backward on one worker."""
     global_batch_size: int = 8
-    """Rows per optimiser step over all workers; a multiple of num_workers x micro_batch_size."""
+    """Rows per optimiser step over all workers; a multiple of (any) num_workers x micro_batch_size."""
     epochs: int = 1
     """Passes over the data; whichever of epochs and max_steps ends first ends the run."""
     max_steps: int | None = None
@@ -237,7 +239,8 @@ class Cluster:
     dashboard: bool | None = None
     """Start the dashboard with a new local Ray. Default: false."""
     wait_s: float = 60.0
-    """How long to wait for an existing cluster to have the resources the layout needs (exit code 75 after it)."""
+    """How long to wait for an existing cluster to have the nodes that the layout needs. After it: exit code 75 where
+    an autoscaler or a lost node may bring them, else 64."""
 
 
 @dataclass
@@ -310,6 +313,13 @@ def route_of(value: object) -> str:
     if not isinstance(value, str | int):
         raise ValueError(f"is {type(value).__name__}: allowed is str, int, bool")
     return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def worker_range(train: Train) -> tuple[int, int]:
+    """The least and the most `train.num_workers`, which are the same for a number."""
+    number = train.num_workers
+    least, most = number if isinstance(number, list) else (number, number)
+    return least, most
 
 
 def each_teacher(config: RunConfig) -> "list[tuple[OneOfTeachers | None, RunConfig]]":

@@ -30,7 +30,7 @@ from ray_kd.errors import EXIT_DONE, ConfigError, DataError
 from ray_kd.refusal import REFUSAL
 from ray_kd.teacher.journal import JOURNAL, POOLS, count_rows
 from ray_kd.trainer.best import best_step
-from ray_kd.trainer.loop import CHECKPOINTS, METRICS, QUARANTINE, STOP_FLAG
+from ray_kd.trainer.loop import CHECKPOINTS, METRICS, QUARANTINE, RESIZE_FLAG, STOP_FLAG
 
 OK, WARNING, BROKEN = "ok", "warning", "broken"
 
@@ -458,7 +458,7 @@ def _read_checkpoint(folder: Path) -> dict[str, Any] | str:
 def _is_leftover(name: str) -> bool:
     """Whether a name in a run folder is one that is there only while something is being written or asked."""
     is_draft = name.startswith(".") and (name.endswith(".tmp") or ".partial-" in name)
-    return is_draft or name.startswith(".probe-") or name in (STOP_FLAG, REFUSAL)
+    return is_draft or name.startswith(".probe-") or name in (STOP_FLAG, RESIZE_FLAG, REFUSAL)
 
 
 def _problem_of_model(folder: Path) -> str | None:

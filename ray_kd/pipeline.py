@@ -24,6 +24,7 @@ from ray_kd.data.order import SlotOrder
 from ray_kd.data.prepared import PreparedData
 from ray_kd.errors import EXIT_BUG, EXIT_DONE, RayKDError, RetryableError
 from ray_kd.heldout import make_evaluate
+from ray_kd.layout import common_labels
 from ray_kd.locks import Held, Lost, driver_lock
 from ray_kd.payloads import HIDDEN_STATES, TOPK_LOGPROBS, hidden_states, topk_logprobs
 from ray_kd.progress import Progress
@@ -33,7 +34,16 @@ from ray_kd.teacher.engine import Request
 from ray_kd.teacher.mixture import Part, parts_of
 from ray_kd.teacher.stage import EngineSpec, TeacherStage
 from ray_kd.trainer.feed import Expected
-from ray_kd.trainer.loop import CHECKPOINTS, METRICS, QUARANTINE, STOP_FLAG, TrainSpec, loss_options, train
+from ray_kd.trainer.loop import (
+    CHECKPOINTS,
+    METRICS,
+    QUARANTINE,
+    RESIZE_FLAG,
+    STOP_FLAG,
+    TrainSpec,
+    loss_options,
+    train,
+)
 from ray_kd.validate import check_inputs, check_models, check_settings, validate
 
 if TYPE_CHECKING:
@@ -158,7 +168,7 @@ def _sweep(run_dir: Path) -> None:
     for name in checkpoint.sweep(run_dir / CHECKPOINTS):
         logger.info("removed the partial checkpoint %s", name)
     # Ray Train would restore its own list of checkpoints; ours are found by their manifests.
-    for leftover in ("checkpoint_manager_snapshot.json", STOP_FLAG, refusal.REFUSAL):
+    for leftover in ("checkpoint_manager_snapshot.json", STOP_FLAG, RESIZE_FLAG, refusal.REFUSAL):
         (run_dir / leftover).unlink(missing_ok=True)
 
 
@@ -205,7 +215,7 @@ def _warn(config: RunConfig, order: SlotOrder) -> None:
             "the teacher computes every row again in each epoch, %.1f passes over the data: "
             "teacher.cache.mode=write_through makes it one", passes,
         )  # fmt: skip
-    if train_options.num_workers == 1 and train_options.zero_stage > 0:
+    if configuration.worker_range(train_options)[1] == 1 and train_options.zero_stage > 0:
         logger.info("train.zero_stage=%d on one worker: stage 0 is cheaper there", train_options.zero_stage)
 
 
@@ -454,9 +464,7 @@ def _covered(
 
 
 def _common_labels(teachers: list[_Teacher]) -> dict[str, str] | None:
-    """The labels that all pools ask for: where the rows are read."""
-    first, *others = [dict(teacher.pool.label_selector) for teacher in teachers] or [{}]
-    return {name: value for name, value in first.items() if all(o.get(name) == value for o in others)} or None
+    return common_labels([teacher.pool.label_selector for teacher in teachers]) or None
 
 
 def _note_attempt(run_dir: Path, start_slot: int) -> None:
@@ -477,7 +485,11 @@ def _fit(
     import ray.train
     from ray.train.torch import TorchConfig
 
+    from ray_kd.elastic import Resizing
+
     options = config.train
+    workers = configuration.worker_range(options)
+    is_elastic = workers[0] < workers[1]
     threads = cluster.Threads.of(config)
     block_rows, run_ahead_nbytes = _stream_sizes(config, prepared.manifest, payload.nbytes_per_token)
     stream = _StreamSpec(
@@ -509,11 +521,13 @@ def _fit(
         num_planned_rows=order.num_planned_rows,
         make_evaluate=partial(make_evaluate, held_out) if prepared.manifest.eval_rows else None,
     )
+    callbacks: list[Any] = [Resizing(run_dir / RESIZE_FLAG, options.timeout_s)] if is_elastic else []
     storage_path, storage_filesystem = storage.for_arrow(run_dir.parent)
     trainer = launch.trainer_class(starts_ray=cluster.address(config) is None)(
         partial(train, spec),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=options.num_workers,
+            num_workers=workers if is_elastic else workers[0],  # type: ignore[arg-type] # typed as Train v1's
+            elastic_resize_monitor_interval_s=options.resize_every_s,
             use_gpu=options.gpus_per_worker > 0,
             resources_per_worker={"CPU": options.cpus_per_worker}
             | ({"GPU": options.gpus_per_worker} if options.gpus_per_worker > 0 else {}),
@@ -526,6 +540,7 @@ def _fit(
             name=run_dir.name,
             storage_path=storage_path,
             storage_filesystem=storage_filesystem,
+            callbacks=callbacks,
             failure_config=ray.train.FailureConfig(
                 max_failures=options.max_failures,
                 controller_failure_limit=options.max_failures,  # type: ignore[call-arg] # typed as Train v1's
@@ -542,8 +557,8 @@ def _fit(
         ),
     )
     logger.info(
-        "training: step %d to %d, %d rows each, on %d worker(s) and up to %d teacher(s), which load first",
-        steps + 1, order.num_steps, options.global_batch_size, options.num_workers,
+        "training: step %d to %d, %d rows each, on %s worker(s) and up to %d teacher(s), which load first",
+        steps + 1, order.num_steps, options.global_batch_size, " to ".join(map(str, sorted(set(workers)))),
         sum(teacher.pool.max_actors for teacher in computing),
     )  # fmt: skip
     progress = Progress(run_dir / METRICS, order.num_steps)
@@ -566,9 +581,11 @@ def _stream_sizes(config: RunConfig, manifest: "Manifest", nbytes_per_token: int
     options, teacher = config.train, config.teacher
     payload_nbytes = manifest.max_targets_per_row * nbytes_per_token
     row_nbytes = int(12 * config.data.sequence_length + payload_nbytes + 128)
-    processes = options.num_workers + cluster.max_teachers(config)
+    least, most = configuration.worker_range(options)
+    processes = most + cluster.max_teachers(config)
     block_rows = _block_rows(
-        options.global_batch_size // options.num_workers,
+        # What divides a rank's share with any number of workers.
+        math.gcd(*(options.global_batch_size // number for number in range(least, most + 1))),
         options.micro_batch_size,
         max_rows=min(_MAX_BLOCK_NBYTES // row_nbytes, teacher.run_ahead_rows // (_BLOCKS_A_PROCESS * processes)),
     )

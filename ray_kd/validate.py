@@ -14,7 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ray_kd import cluster, plugins, storage
-from ray_kd.config import Loss, OneOfTeachers, RunConfig, Student, Teacher, each_teacher
+from ray_kd.config import Loss, OneOfTeachers, RunConfig, Student, Teacher, Train, each_teacher
 from ray_kd.errors import ConfigError
 from ray_kd.payloads import HIDDEN_STATES, TOPK_LOGPROBS
 from ray_kd.payloads.topk_logprobs import MAX_DRAWS, WIRES
@@ -42,7 +42,7 @@ _CHOICES = {
 _AT_LEAST = {
     "data.sequence_length": 2, "teacher.top_k": 1, "teacher.batch_size": 1, "teacher.batch_tokens": 1,
     "teacher.run_ahead_rows": 1, "teacher.threads": 1, "teacher.pool.min_actors": 1, "teacher.pool.max_actors": 1,
-    "teacher.pool.num_gpus": 0, "teacher.cache.file_rows": 1, "loss.chunk_size": 1, "train.num_workers": 1,
+    "teacher.pool.num_gpus": 0, "teacher.cache.file_rows": 1, "loss.chunk_size": 1,
     "train.gpus_per_worker": 0, "train.micro_batch_size": 1, "train.global_batch_size": 1, "train.epochs": 1,
     "train.max_steps": 1, "train.warmup_steps": 0, "train.weight_decay": 0, "train.max_grad_norm": 0,
     "train.checkpoint_every": 0, "train.keep_checkpoints": 1, "train.eval_every": 0, "train.log_every": 1,
@@ -50,7 +50,8 @@ _AT_LEAST = {
     "eval.batch_size": 1, "eval.max_new_tokens": 1, "cluster.wait_s": 0, "run.seed": 0,
 }  # fmt: skip
 _POSITIVE = (
-    "teacher.timeout_s", "teacher.pool.num_cpus", "train.cpus_per_worker", "train.learning_rate", "train.timeout_s",
+    "teacher.timeout_s", "teacher.pool.num_cpus", "train.cpus_per_worker", "train.resize_every_s",
+    "train.learning_rate", "train.timeout_s",
     "loss.temperature",
 )  # fmt: skip
 
@@ -171,12 +172,10 @@ def _check_combinations(config: RunConfig) -> None:
     train = config.train
     gpus = train.gpus_per_worker
     _require(gpus <= 1, "train.gpus_per_worker", gpus, "0 to 1: a fraction shares a GPU with teachers")
+    _check_workers(train)
     # Two ranks on one GPU: NCCL refuses them.
     _require(gpus == 0 or gpus > 0.5 or train.num_workers == 1, "train.gpus_per_worker", gpus,
              f"0, or above 0.5 with train.num_workers={train.num_workers}: a GPU has room for one of them")  # fmt: skip
-    unit = train.num_workers * train.micro_batch_size
-    _require(train.global_batch_size % unit == 0, "train.global_batch_size", train.global_batch_size,
-             f"a multiple of num_workers x micro_batch_size = {unit}")  # fmt: skip
     if train.deepspeed:
         from ray_kd.trainer.zero import check_overrides
 
@@ -212,6 +211,27 @@ def _check_combinations(config: RunConfig) -> None:
         _require(config.teacher.top_k <= MAX_DRAWS, "teacher.top_k", config.teacher.top_k, f"1 to {MAX_DRAWS} draws")
     if loss.kd_weight == 0 and loss.ce_weight == 0:
         raise ConfigError("loss.kd_weight and loss.ce_weight are both 0: nothing would be trained")
+
+
+def _check_workers(train: Train) -> None:
+    """Any number of workers that Ray may start has a whole part of the global batch."""
+    number = train.num_workers
+    numbers = number if isinstance(number, list) else [number]
+    is_range = len(numbers) == (2 if isinstance(number, list) else 1)
+    is_range = is_range and all(isinstance(n, int) and not isinstance(n, bool) for n in numbers)
+    _require(is_range and 1 <= numbers[0] <= numbers[-1], "train.num_workers", number,
+             "1 or more, or [min, max] of such")  # fmt: skip
+    if not isinstance(number, list):
+        unit = number * train.micro_batch_size
+        _require(train.global_batch_size % unit == 0, "train.global_batch_size", train.global_batch_size,
+                 f"a multiple of num_workers x micro_batch_size = {unit}")  # fmt: skip
+        return
+    micro_batches = train.global_batch_size / train.micro_batch_size
+    unfit = [n for n in range(numbers[0], numbers[1] + 1) if micro_batches % n]
+    _require(not unfit, "train.num_workers", number,
+             f"a range of which every number divides global_batch_size / micro_batch_size = {micro_batches:g}, since "
+             f"Ray may start any of them; {', '.join(map(str, unfit))} {'do' if len(unfit) > 1 else 'does'} not",
+    )  # fmt: skip
 
 
 def _warn_without_effect(config: RunConfig) -> None:
@@ -266,6 +286,11 @@ def _warn_without_effect(config: RunConfig) -> None:
     )
     idle["loss.tail"] = is_dense and config.loss.tail != Loss.tail and f"teacher.payload={HIDDEN_STATES} leaves no tail"
     joins = cluster.address(config) is not None
+    is_elastic = isinstance(config.train.num_workers, list)
+    idle["the range of train.num_workers"] = is_elastic and not joins and "a local Ray always has room for the most"
+    idle["train.resize_every_s"] = (
+        config.train.resize_every_s != Train.resize_every_s and not is_elastic and "train.num_workers is one number"
+    )
     idle["cluster.dashboard"] = config.cluster.dashboard is not None and joins and "the cluster has its own"
     for key, reason in idle.items():
         if reason:

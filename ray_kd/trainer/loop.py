@@ -33,6 +33,7 @@ EVAL_BEFORE = "eval_before.json"
 METRICS = "metrics.jsonl"
 QUARANTINE = "quarantine.jsonl"
 STOP_FLAG = ".stop"
+RESIZE_FLAG = ".resize"
 CHECKPOINTS = "checkpoints"
 
 Evaluate = Callable[[Any], dict[str, float]]
@@ -79,8 +80,13 @@ def train(spec: TrainSpec) -> None:
         timeout_s=spec.train.timeout_s,
     )
     run_dir = storage.path(spec.run_dir)
+    rank = ray.train.get_context().get_world_rank()
     with contextlib.closing(feed), refusal.reported(run_dir), storage.store_errors(), writer_lock(run_dir) as held:
-        _train(spec, feed, held, rank=ray.train.get_context().get_world_rank(), world=world)
+        try:
+            _train(spec, feed, held, rank, world)
+        finally:
+            if rank == 0:  # who asked for it waits for this
+                (run_dir / RESIZE_FLAG).unlink(missing_ok=True)
 
 
 def _train(spec: TrainSpec, feed: Feed, held: Held, rank: int, world: int) -> None:
@@ -92,7 +98,8 @@ def _train(spec: TrainSpec, feed: Feed, held: Held, rank: int, world: int) -> No
     from ray_kd.trainer.step import Flags, train_step
 
     run_dir, options = storage.path(spec.run_dir), spec.train
-    stop_flag = storage.Flag(run_dir / STOP_FLAG)
+    names = [STOP_FLAG, RESIZE_FLAG] if isinstance(options.num_workers, list) else [STOP_FLAG]
+    stop_flags = [storage.Flag(run_dir / name) for name in names]
     torch.set_num_threads(spec.threads)
     engine, device = _build_engine(spec, rank, world)
     evaluate = spec.make_evaluate(device) if spec.make_evaluate else None
@@ -112,10 +119,9 @@ def _train(spec: TrainSpec, feed: Feed, held: Held, rank: int, world: int) -> No
                 warmup_steps=options.warmup_steps, num_steps=spec.num_steps,
             )  # fmt: skip
             zero.set_learning_rate(engine, rate)
-            result = train_step(
-                engine, micro_batches, device,
-                flags=Flags(stop=stop_flag.is_set(), is_written=saver.is_written, ask_for_notice=notice.is_due()),
-            )  # fmt: skip
+            stop = any(flag.is_set() for flag in stop_flags)
+            flags = Flags(stop=stop, is_written=saver.is_written, ask_for_notice=notice.is_due())
+            result = train_step(engine, micro_batches, device, flags)
             if result.has_refused:
                 _quarantine_refused(run_dir, micro_batches, rank)
             if result.is_bad and rank == 0:

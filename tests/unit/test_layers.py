@@ -19,6 +19,8 @@ LAYERS = (
     {
         "benchmarks",
         "cluster",
+        "layout",
+        "elastic",
         "run_folder",
         "launch",
         "progress",

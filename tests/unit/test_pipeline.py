@@ -1,13 +1,14 @@
 """How large a block of the stream is; a student made of the teacher's layers; a store that holds them both."""
 
 import uuid
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from ray_kd import models, storage
+from ray_kd import config, models, storage
 from ray_kd.errors import ConfigError
-from ray_kd.pipeline import _block_rows, _make_head, _make_student
+from ray_kd.pipeline import _block_rows, _make_head, _make_student, _stream_sizes
 from tests.tiny import tiny_llama
 
 
@@ -28,6 +29,21 @@ def test_a_block_divides_the_ranks_share_and_fits(rows_per_rank, micro_batch_siz
     assert rows == expected
     assert rows_per_rank % rows == 0
     assert rows % micro_batch_size == 0
+
+
+@pytest.mark.parametrize(
+    ("workers", "micro_batch_size", "expected"), [("4", 1, 6), ("[1,4]", 1, 2), ("[2,4]", 2, 2), ("[3,4]", 1, 2)]
+)  # fmt: skip
+def test_a_block_divides_the_share_of_any_number_of_workers(workers, micro_batch_size, expected):
+    loaded = config.load(None, [
+        "run.dir=run", "data.source={kind: jsonl, paths: [x]}", "teacher.model=t", "student.model=s",
+        f"train.num_workers={workers}", f"train.micro_batch_size={micro_batch_size}", "train.global_batch_size=24",
+        "teacher.run_ahead_rows=1000",
+    ])  # fmt: skip
+    block_rows, _ = _stream_sizes(loaded, SimpleNamespace(max_targets_per_row=10), 100)
+    assert block_rows == expected
+    least, most = config.worker_range(loaded.train)
+    assert all(24 // number % block_rows == 0 for number in range(least, most + 1))
 
 
 def test_a_student_made_of_layers_may_lie_in_an_object_store(object_store, tmp_path, monkeypatch):

@@ -192,6 +192,25 @@ def test_a_worker_may_share_its_gpu_with_teachers_but_not_with_another_worker(lo
         validate(load(cluster, "train.gpus_per_worker=1.5"))
 
 
+def test_every_number_of_a_range_of_workers_has_a_whole_part_of_the_batch(load, warnings):
+    cluster = "cluster.address=10.0.0.1:6379"
+    validate(load(cluster, "train.num_workers=[1,4]", "train.global_batch_size=24", "train.micro_batch_size=2"))
+    with pytest.raises(ConfigError) as error:
+        validate(load(cluster, "train.num_workers=[2,6]", "train.global_batch_size=16", "train.micro_batch_size=2"))
+    assert str(error.value) == (
+        "train.num_workers is [2, 6]: allowed is a range of which every number divides global_batch_size / "
+        "micro_batch_size = 8, since Ray may start any of them; 3, 5, 6 do not"
+    )
+    assert warnings() == []
+    validate(load("train.num_workers=[1,2]"))
+    assert warnings() == ["the range of train.num_workers has no effect: a local Ray always has room for the most"]
+
+
+def test_how_often_to_look_for_room_is_for_a_range_of_workers(load, warnings):
+    validate(load("train.resize_every_s=5"))
+    assert warnings() == ["train.resize_every_s has no effect: train.num_workers is one number"]
+
+
 @pytest.mark.parametrize("value", ["gpus", "cpu", "3", "{}", "{model: gpu}", "{model: -1}", "[0, 1]"])
 def test_a_device_map_is_a_word_of_accelerates_or_a_mapping(load, value):
     with pytest.raises(ConfigError, match=r"^teacher\.engine\.device_map is .*: allowed is auto \| .*") as error:
@@ -277,6 +296,14 @@ def test_longer_rows_than_positions_are_warned_about(load, warnings):
         ("loss.kd_weight", "-1", "0.5"),
         ("loss.ce_weight", ".inf", "0.5"),
         ("train.num_workers", "0", "2"),
+        ("train.num_workers", "[0,2]", "[1,2]"),
+        ("train.num_workers", "[4,2]", "[2,2]"),
+        ("train.num_workers", "[1]", "1"),
+        ("train.num_workers", "[1,2,4]", "4"),
+        ("train.num_workers", "1.5", "8"),
+        ("train.num_workers", "two", "2"),
+        ("train.num_workers", "true", "2"),
+        ("train.resize_every_s", "0", "0.5"),
         ("train.cpus_per_worker", "0", "0.1"),
         ("train.gpus_per_worker", "-1", "0"),
         ("train.zero_stage", "-1", "3"),
