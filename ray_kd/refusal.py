@@ -8,7 +8,7 @@ leaves the line in the run folder, and the driver, which looks there while it wa
 import json
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ray_kd import storage
@@ -30,8 +30,10 @@ def reported(run_dir: Path) -> Iterator[None]:
         kind = StorageFull if isinstance(error, StorageFull) else ConfigError
         try:
             storage.write_text(run_dir / REFUSAL, json.dumps([kind.__name__, str(error)]))
-        except OSError as second:  # no space for this either: the driver hears it from Ray, after the retries
+        except OSError as second:  # no space for the line either; an empty file takes none, and says as much
             logger.warning("'%s' could not be written: %s", run_dir / REFUSAL, second)
+            with suppress(OSError):
+                (run_dir / REFUSAL).touch()
         raise
 
 
@@ -45,5 +47,10 @@ class Reported:
     def check(self) -> None:
         """Raise the error that was reported, if one was."""
         if self._flag.is_set():
-            kind, line = json.loads(storage.read_text(self._path))
+            text = storage.read_text(self._path)
+            if not text:
+                raise StorageFull(
+                    f"no space left on device for '{self._path.parent}': the same command goes on once there is"
+                )
+            kind, line = json.loads(text)
             raise _ENDS[kind](line)

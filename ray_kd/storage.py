@@ -142,11 +142,22 @@ def write_text(target: Path, text: str) -> None:
         target.write_text(text, encoding="utf-8")
         return
     temporary = target.with_name(f".{target.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(target)
+    with _removed_if_it_fails(temporary):
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(target)
+
+
+@contextmanager
+def _removed_if_it_fails(temporary: Path) -> Iterator[None]:
+    """What a full disk leaves of a file would be there for good."""
+    try:
+        yield
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def create_text(target: Path, text: str) -> None:
@@ -161,8 +172,9 @@ def create_text(target: Path, text: str) -> None:
 def write_bytes(target: Path, content: bytes | memoryview) -> None:
     """Write a file on a disk whole or not at all."""
     temporary = target.with_name(f".{target.name}-{uuid.uuid4().hex[:8]}.tmp")
-    temporary.write_bytes(content)
-    temporary.replace(target)
+    with _removed_if_it_fails(temporary):
+        temporary.write_bytes(content)
+        temporary.replace(target)
 
 
 def read_text(source: Path) -> str:

@@ -322,3 +322,12 @@ def test_a_full_disk_is_retryable_when_there_is_space():
         storage.store_errors(),
     ):
         Path("/dev/full").write_bytes(b"1")
+
+
+def test_a_file_that_could_not_be_written_leaves_nothing(tmp_path):
+    """Part of one would fill a full disk for good."""
+    (tmp_path / "taken" / "by").mkdir(parents=True)
+    for write, content in ((storage.write_text, "1"), (storage.write_bytes, b"1")):
+        with pytest.raises(OSError, match="taken"):
+            write(tmp_path / "taken", content)
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
