@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,11 +63,10 @@ class Cluster:
         ]  # fmt: skip
         found = []
         for raylet in raylets:
-            for child in raylet.children(recursive=True):
-                try:
-                    found += [child] if "".join(child.cmdline()[:1]).startswith(title) else []
-                except psutil.NoSuchProcess:
-                    continue
+            with suppress(psutil.NoSuchProcess):
+                for child in raylet.children(recursive=True):
+                    with suppress(psutil.NoSuchProcess):
+                        found += [child] if "".join(child.cmdline()[:1]).startswith(title) else []
         return found
 
     def close(self) -> None:
@@ -75,7 +75,9 @@ class Cluster:
 
     def _answer(self) -> Any:
         assert self._process.stdout is not None
-        return json.loads(self._process.stdout.readline())
+        line = self._process.stdout.readline()
+        assert line, "the cluster's process ended; what it said is above"
+        return json.loads(line)
 
 
 class Chaos(Jobs):
