@@ -54,7 +54,7 @@ def test_a_layout_that_fits_runs(nodes):
 def test_one_that_does_not_is_refused_in_seconds(nodes, overrides, expected):
     start = time.monotonic()
     job = nodes.distill("refused", *SETTINGS, *overrides)
-    assert time.monotonic() - start < 40
+    assert time.monotonic() - start < 90  # most of it imports; a stream that starves would be waited for much longer
     assert job.exit_code == 64, job.stderr
     (line,) = [line for line in job.stderr.splitlines() if "error:" in line]
     assert all(part in line for part in expected), line
