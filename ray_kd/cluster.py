@@ -12,6 +12,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent import futures
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -195,6 +196,7 @@ def connecting(config: RunConfig, *, trains: bool = True) -> Iterator[Callable[[
     if where is not None:
         _check_reachable(where)
     begun: Future[None] = Future()
+    ended = threading.Event()
 
     def begin() -> None:
         try:
@@ -202,6 +204,8 @@ def connecting(config: RunConfig, *, trains: bool = True) -> Iterator[Callable[[
             begun.set_result(None)
         except BaseException as error:  # raised where it is waited for
             begun.set_exception(error)
+        # Ray has its processes killed when the thread that started them ends.
+        ended.wait()
 
     def wait() -> None:
         begun.result()
@@ -214,8 +218,10 @@ def connecting(config: RunConfig, *, trains: bool = True) -> Iterator[Callable[[
     try:
         yield wait
     finally:
-        thread.join()
+        futures.wait([begun])
         ray.shutdown()
+        ended.set()
+        thread.join()
 
 
 def _begin(config: RunConfig, where: str | None) -> None:

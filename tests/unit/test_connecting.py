@@ -35,7 +35,10 @@ def test_the_block_begins_before_ray_is_there(seen):
         seen["gate"].set()
         wait_for_ray()
         assert seen["calls"] == ["init"]
+        # Ray's processes live as long as the thread that started them.
+        assert "ray.init" in [thread.name for thread in threading.enumerate()]
     assert seen["calls"] == ["init", "shutdown"]
+    assert "ray.init" not in [thread.name for thread in threading.enumerate()]
 
 
 def test_a_refusal_meanwhile_is_raised_once_ray_is_down_again(seen):
