@@ -44,7 +44,7 @@ from ray_kd.trainer.loop import (
     loss_options,
     train,
 )
-from ray_kd.validate import check_inputs, check_models, check_settings, validate
+from ray_kd.validate import check_settings, check_values, validate
 
 if TYPE_CHECKING:
     import ray.data
@@ -70,16 +70,18 @@ def distill(config: RunConfig) -> dict[str, Any]:
     run_dir = run_folder.run_dir(config)
     run_folder.create(run_dir)
     logger.info("checking the config and the models")
-    check_settings(config)  # before the next line calls a wrong value another run
-    run_folder.check_identity(run_dir, config)
+    check_values(config)
     if (finished := run_folder.finished_summary(run_dir)) is not None:
+        check_settings(config)  # before the next line calls a wrong value another run
+        run_folder.check_identity(run_dir, config)
         if run_folder.has_moved(run_dir, config):
             run_folder.check_content(run_dir, _content(config, _plan(config)))
         logger.info("run %s is finished already; nothing to do", run_dir)
         return finished
-    check_inputs(config)
     with driver_lock(run_dir) as held, launch.interruptible(), cluster.connecting(config) as wait_for_ray:
-        vocab_size = check_models(config).teacher.vocab_size
+        check_settings(config)
+        run_folder.check_identity(run_dir, config)
+        vocab_size = validate(config).teacher.vocab_size
         plan = _plan(config)
         content = _content(config, plan)
         run_folder.check_content(run_dir, content)  # before anything is written: the run may be another

@@ -64,11 +64,18 @@ class Models:
     student: "PreTrainedConfig | None"  # None when the student is made from the teacher
 
 
-def check_settings(config: RunConfig) -> None:
-    """What the config alone shows to be wrong: values, and which of them go together."""
+def check_values(config: RunConfig) -> None:
+    """The values of keys that are no plug-ins, at once: what looks at plug-ins imports torch, which takes seconds."""
     for one, alone in each_teacher(config):
         with _named(one):
             _check_values(alone)
+
+
+def check_settings(config: RunConfig) -> None:
+    """What the config alone shows to be wrong: values, and which of them go together."""
+    check_values(config)
+    for one, alone in each_teacher(config):
+        with _named(one):
             _check_pool(alone.teacher)
     _check_combinations(config)
     _check_teachers(config)
@@ -122,18 +129,14 @@ def _check_teachers(config: RunConfig) -> None:
 
 def validate(config: RunConfig) -> Models:
     """Check the whole config: values, plug-ins, combinations, GPUs, models and vocabularies, in order of cost."""
-    check_inputs(config)
-    return check_models(config)
-
-
-def check_inputs(config: RunConfig) -> None:
-    """All but the models: what takes no time, and is refused before anything starts."""
     check_data(config)
     check_settings(config)
     for one, alone in each_teacher(config):
         with _named(one):
             _check_engine(alone)
+    _warn_without_effect(config)
     cluster.check_local_gpus(config)
+    return _check_models(config)
 
 
 def check_data(config: RunConfig) -> None:
@@ -301,11 +304,9 @@ def _share_rows(one: OneOfTeachers, other: OneOfTeachers) -> bool:
     return one.rows is None or other.rows is None or not set(one.rows).isdisjoint(other.rows)
 
 
-def check_models(config: RunConfig) -> Models:
-    """What the models' folders show to be wrong. No weights are loaded; transformers is, which takes seconds."""
+def _check_models(config: RunConfig) -> Models:
     from ray_kd import models
 
-    _warn_without_effect(config)
     teacher_key = config.teacher
     found = []
     for place, (one, alone) in enumerate(each_teacher(config)):

@@ -429,7 +429,7 @@ def test_evaluate_refuses(refused, started, workplace, arguments, says):
         ([], "required: config", ""),
         (["{t}/none.yaml"], "config file '{t}/none.yaml' does not exist", ""),
         (["{t}/config.yaml", "teacher.model={t}/none"], "teacher.model: '{t}/none' does not exist",
-         "checking the config and the models\n"),
+         "checking the config and the models\nstarting a local Ray\n"),
     ],
     ids=["no arguments", "no config", "no teacher"],
 )  # fmt: skip
