@@ -136,12 +136,12 @@ def test_a_task_that_failed_says_what_our_code_said_or_that_it_was_lost_or_is_a_
     assert str(bug) == "saving the head: KeyError: 'x'"
 
 
-def test_the_controller_of_an_own_ray_is_started_by_a_method_that_ray_train_calls():
-    """The override has the name of a private method: a Ray that renames it would start the other way unnoticed."""
+def test_what_is_overridden_for_an_own_ray_are_methods_that_ray_train_calls():
+    """They have the names of private methods: a Ray that renames one would do without the override, unnoticed."""
     from ray.train.torch import TorchTrainer
 
     own = launch.trainer_class(starts_ray=True)
     overridden = {name for name in vars(own) if name.startswith("_") and not name.startswith("__")}
-    assert overridden - {"_abc_impl"} == {"_initialize_and_run_controller"}
-    assert "_initialize_and_run_controller" in dir(TorchTrainer)
+    assert overridden - {"_abc_impl"} == {"_initialize_and_run_controller", "_create_default_callbacks"}
+    assert overridden < {*dir(TorchTrainer), "_abc_impl"}
     assert launch.trainer_class(starts_ray=False) is TorchTrainer

@@ -203,12 +203,12 @@ def test_stats_are_of_the_prompts_and_the_tries_after_the_first(build, server):
 
 
 def test_tries_of_a_call_that_fails_count_too(build, server):
-    engine = build(max_concurrency=1)  # the first document fails the call, and no other was sent by then
+    engine = build(max_concurrency=1)  # the first document fails the call; of no other was a second try made by then
     server.fault = lambda number, prompts: Fault(503)
     with pytest.raises(RetryableError):
         ask(engine)
     assert engine.stats.tokens == 0
-    assert engine.stats.retries == num_asked(server) - 1 == 3
+    assert engine.stats.retries == 3
 
 
 def without_a_position(reply):
