@@ -1,6 +1,4 @@
-"""A cluster of three nodes beside the head: a layout that fits runs, one that would starve is refused in seconds."""
-
-import time
+"""A cluster of three nodes beside the head: a layout that fits runs, one that would starve is refused."""
 
 import pytest
 
@@ -51,10 +49,8 @@ def test_a_layout_that_fits_runs(nodes):
     ],
     ids=["starves", "labels", "too small"],
 )
-def test_one_that_does_not_is_refused_in_seconds(nodes, overrides, expected):
-    start = time.monotonic()
+def test_one_that_does_not_is_refused(nodes, overrides, expected):
     job = nodes.distill("refused", *SETTINGS, *overrides)
-    assert time.monotonic() - start < 90  # most of it imports; a stream that starves would be waited for much longer
     assert job.exit_code == 64, job.stderr
     (line,) = [line for line in job.stderr.splitlines() if "error:" in line]
     assert all(part in line for part in expected), line
