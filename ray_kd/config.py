@@ -426,6 +426,8 @@ def _merge(base: DictConfig, update: DictConfig, where: str) -> DictConfig:
         known = [name.replace("teachers[]", entry) if "[" in entry else name for name in _known_keys()]
         section = key.rpartition(".")[0]
         of_section = [name for name in known if section and name.startswith(f"{section}.")]
+        if not section and "teachers" in update:  # OmegaConf names a key in a list without the list
+            of_section = known + [item.name for item in fields(OneOfTeachers)]
         raise ConfigError(f"unknown key '{key}' in {where}{plugins.nearest(key, of_section or known)}") from error
     except OmegaConfBaseException as error:
         key = error.full_key or "value"

@@ -8,6 +8,7 @@ Listing and describing read the files without importing them, so `--help` needs 
 import ast
 import difflib
 import importlib
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,13 +54,18 @@ _IN_WORDS = {
     "is not a ListConfig": "allowed is a list, for example [a, b]",
     "is not a subclass of": "allowed is a mapping, or its keys one by one (KEY.NAME=VALUE)",
     "is not Optional": "a value is missing",
+    "could not be converted to Integer": "{value} is no integer, for example 8",
+    "could not be converted to Float": "{value} is no number, for example 0.5 or 1.0e-4",
+    "is not a valid bool": "{value} is not one of true, false",
 }
 
 
 def explain(error: Exception) -> str:
     """What OmegaConf says of a value, in one line and in the words of a user."""
     line = str(getattr(error, "msg", None) or error).splitlines()[0]
-    return next((words for text, words in _IN_WORDS.items() if text in line), line)
+    value = re.search(r"Value ('.*?'|\S+) (?:of|is|could)", line)
+    given = value[1] if value else "the value"
+    return next((words.format(value=given) for text, words in _IN_WORDS.items() if text in line), line)
 
 
 def load(group: str, kind: str, key: str | None = None) -> ModuleType:

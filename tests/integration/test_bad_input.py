@@ -150,7 +150,7 @@ REFUSED = {
         ["student.model={w}/other-words"], ["259 and 261 tokens", "2 ids differ", "259: None / 'first'"],
     ),
     "student head too small": (["student.model={w}/small"], ["259 ids", "250"]),
-    "wrong type": (["train.max_steps=many"], ["train.max_steps", "'many'", "Integer"]),
+    "wrong type": (["train.max_steps=many"], ["train.max_steps", "'many'", "is no integer"]),
     "wrong type of a section": (["train=3"], ["train"]),
     "unknown key": (["train.lerning_rate=1"], ["'train.lerning_rate'", "did you mean 'train.learning_rate'"]),
     "unknown section": (["teachr.model=x"], ["'teachr'", "did you mean 'teacher'"]),
