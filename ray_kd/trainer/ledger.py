@@ -79,13 +79,13 @@ class Ledger:
             self.totals.wait_s += wait_s
 
     def state(self) -> dict[str, Any]:
-        """JSON for the checkpoint."""
+        """JSON for the checkpoint, which may be written when more steps have been added: a copy."""
         packed = zlib.compress(np.packbits(self._trained).tobytes())
         return {
             "totals": asdict(self.totals),
             "rows_consumed": self.rows_consumed,
             "trained": base64.b64encode(packed).decode(),
-            "bad_in_a_row": self.bad_in_a_row,
+            "bad_in_a_row": list(self.bad_in_a_row),
         }
 
     @classmethod

@@ -72,6 +72,16 @@ def test_bad_steps_are_counted_until_one_is_applied_and_across_a_checkpoint():
     assert Ledger.from_state(9, 9, state).bad_in_a_row == []
 
 
+def test_a_state_stays_as_it_was_while_its_checkpoint_is_written():
+    ledger = Ledger(num_rows=9, num_planned_rows=9)
+    bad = {"is_applied": False, "is_bad": True}
+    add(ledger, step([0], [0], **bad))
+    state = ledger.state()
+    before = json.dumps(state)
+    add(ledger, step([1], [1], **bad))
+    assert json.dumps(state) == before
+
+
 def test_the_first_step_of_an_attempt_is_not_timed():
     ledger = Ledger(num_rows=3, num_planned_rows=3)
     ledger.add(step([0], [0]), step_s=30.0, wait_s=29.0, is_timed=False)
