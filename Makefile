@@ -4,19 +4,20 @@ VENV := .venv
 BIN := $(VENV)/bin
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: help setup quickstart test test-unit test-matrix test-vllm chaos lint format clean
+.PHONY: help setup quickstart test test-unit test-extended test-matrix test-vllm chaos lint format clean
 
 help:
-	@echo "make quickstart   set up, then distil SmolLM2-135M into 15 of its layers (about 10 minutes)"
-	@echo "make test         set up, then lint and every test but those of test-vllm, test-matrix and chaos"
-	@echo "make setup        make .venv with everything in it; the others do it too"
-	@echo "make test-unit    the tests that need no Ray (four minutes)"
-	@echo "make test-vllm    the tests of the vLLM engine, in .venv-vllm, an environment of its own (CPU)"
-	@echo "make test-matrix  resume from every ZeRO stage, number of ranks and dtype on every other (10 minutes)"
-	@echo "make chaos        faults strike runs on a local cluster (ROUNDS=3: three times); prints what each cost"
-	@echo "make lint         ruff and mypy through pre-commit"
-	@echo "make format       fix and format with ruff"
-	@echo "make clean        remove .venv, .venv-vllm and runs"
+	@echo "make quickstart      set up, then distil SmolLM2-135M into 15 of its layers (about 10 minutes)"
+	@echo "make test            set up, then lint and every test but those of the targets below"
+	@echo "make setup           make .venv with everything in it; the others do it too"
+	@echo "make test-unit       the tests that need no Ray (four minutes)"
+	@echo "make test-extended   more jobs on a local Ray (10 minutes)"
+	@echo "make test-vllm       the tests of the vLLM engine, in .venv-vllm, an environment of its own (CPU)"
+	@echo "make test-matrix     resume from every ZeRO stage, number of ranks and dtype on every other (10 minutes)"
+	@echo "make chaos           faults strike runs on a local cluster (ROUNDS=3: three times); prints what each cost"
+	@echo "make lint            ruff and mypy through pre-commit"
+	@echo "make format          fix and format with ruff"
+	@echo "make clean           remove .venv, .venv-vllm and runs"
 
 # The stamp's name holds the hash of pyproject.toml: a changed dependency installs again, nothing else does.
 STAMP := $(VENV)/installed-$(shell sha256sum pyproject.toml | cut -c1-16)
@@ -35,10 +36,13 @@ quickstart: setup
 	$(BIN)/python jobs/quickstart.py
 
 test: lint
-	$(BIN)/python -m pytest -m "not matrix and not chaos"
+	$(BIN)/python -m pytest -m "not extended and not matrix and not chaos" --durations=15
 
 test-unit: setup
 	$(BIN)/python -m pytest -m "not ray and not gpu and not slow and not matrix and not chaos"
+
+test-extended: setup
+	$(BIN)/python -m pytest -m extended
 
 # Both what is marked `matrix` and the combinations that `make test` chose of the same product.
 test-matrix: setup

@@ -565,6 +565,7 @@ def test_too_many_bad_records_stop_the_run_with_65(jobs, bad_records):
 
 
 @pytest.mark.ray
+@pytest.mark.extended
 def test_what_only_a_worker_can_find_out_ends_the_run_at_once(jobs):
     """A student that lets packed documents see each other: measured on its weights, and not tried again."""
     folder = random_model(jobs.folder / "mamba", "Mamba")

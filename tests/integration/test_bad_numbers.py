@@ -70,6 +70,7 @@ def test_bad_steps_are_skipped_counted_and_noted(skipped):
     assert sum(int(value.isnan().sum()) for value in weights(skipped).values()) == 64  # the one embedding, as it was
 
 
+@pytest.mark.extended
 def test_too_many_in_a_row_end_the_run_which_goes_on_from_its_good_checkpoint(jobs, settings, skipped):
     """The checkpoint of step 2 lies among the bad ones: the same command again goes on counting from it."""
     last = [record["row_id"] for record in quarantined(skipped) if record["step"] == 4]

@@ -95,12 +95,14 @@ def test_answers_that_are_of_no_use_are_refused_by_name(jobs, three_epochs):
     assert "temperature is 1 and loss.temperature 2" in refused.stderr
 
 
+@pytest.mark.extended
 def test_a_smaller_k_is_cut_and_another_temperature_rescaled_where_the_loss_can(jobs, three_epochs):
     job = jobs.distill("cache-cut", KEPT, "teacher.top_k=4", "loss.temperature=2", "loss.tail=renormalize")
     assert job.exit_code == 0, job.stderr
     assert job.summary["teacher_rows_computed"] == 0
 
 
+@pytest.mark.extended
 def test_a_damaged_file_is_computed_again(jobs, three_epochs):
     (path,) = cache_of(jobs).folder.glob("rows-*")
     damaged = bytearray(path.read_bytes())
@@ -114,6 +116,7 @@ def test_a_damaged_file_is_computed_again(jobs, three_epochs):
     assert len(list((path.parent / "damaged").iterdir())) == 1
 
 
+@pytest.mark.extended
 def test_a_cache_filled_again_after_a_kill_has_the_same_bytes(jobs, tmp_path):
     slow = "teacher.engine={kind: fake, vocab_size: 259, delay_s: 0.2}"
     folders = {name: tmp_path / name for name in ("whole", "killed")}

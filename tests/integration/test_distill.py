@@ -118,6 +118,7 @@ def test_the_same_command_on_a_finished_run_ends_at_once(finished, jobs):
     assert (finished.run_dir / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.extended
 def test_the_same_model_as_teacher_and_student(jobs):
     """K = V: the first loss is zero up to the wire's fp16, and the payload's first id is the teacher's argmax."""
     job = jobs.distill("same", f"student.model={jobs.teacher}", "teacher.top_k=259", "train.max_steps=1")
@@ -159,6 +160,7 @@ def test_a_student_made_of_the_teachers_layers(jobs):
     assert final.dtype == torch.bfloat16
 
 
+@pytest.mark.extended
 def test_a_refused_teacher_answer_is_weight_zero_with_its_reason(jobs):
     """The fake engine breaks two rows: they are quarantined once, the others are trained, slots do not shift."""
     engine = "teacher.engine={kind: fake, vocab_size: 259, nan_row_ids: [0, 3]}"
@@ -175,6 +177,7 @@ def test_a_refused_teacher_answer_is_weight_zero_with_its_reason(jobs):
     assert "kl" not in summary["eval"]["after"]
 
 
+@pytest.mark.extended
 def test_hidden_states_train_like_every_log_probability(jobs):
     """The same curve over the wire of hidden states (ZeRO 3) and of K = V log-probabilities (ZeRO 0), which round each
     in its own way."""

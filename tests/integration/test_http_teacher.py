@@ -27,6 +27,7 @@ def test_a_run_is_that_of_the_same_teacher_without_a_server(jobs: Jobs):
     assert num_asked > 5
 
 
+@pytest.mark.extended
 def test_what_the_server_refuses_ends_the_run(jobs: Jobs):
     with serving(FaultServer(max_logprobs=5)) as server:
         job = jobs.distill("http-refused", http(server))

@@ -38,13 +38,15 @@ def test_a_layout_that_fits_runs(nodes):
             ("teacher.pool.num_cpus=1", "teacher.pool.min_actors=2", "teacher.pool.max_actors=2"),
             ("can starve after the loss of a teacher node", "2 teachers of 1 CPUs", "set teacher.pool.num_cpus=0.25"),
         ),
-        (
+        pytest.param(
             ("teacher.pool.num_cpus=0.25", "train.label_selector={pool: nobody}"),
             ("train.label_selector={pool: nobody} is carried by none of the cluster's 4 nodes", "cluster.wait_s=6"),
+            marks=pytest.mark.extended,
         ),
-        (
+        pytest.param(
             ("train.num_workers=2", "train.cpus_per_worker=1"),
             ("no room for 1 of 2 train workers labelled {pool: student}", "lower train.num_workers"),
+            marks=pytest.mark.extended,
         ),
     ],
     ids=["starves", "labels", "too small"],

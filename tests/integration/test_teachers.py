@@ -37,6 +37,7 @@ def test_a_mixture_of_a_teacher_with_itself_is_the_teacher(jobs):
     assert both.summary["eval"]["before"] == pytest.approx(alone.summary["eval"]["before"], rel=1e-3)
 
 
+@pytest.mark.extended
 def test_rows_are_routed_by_a_column_and_each_teacher_has_its_cache(jobs):
     routed = teachers(jobs, {"rows": ["even"]}, {"rows": ["odd"]})
     options = ("data.route_by=parity", "train.max_steps=null", "train.epochs=2", "teacher.cache.mode=write_through",

@@ -15,7 +15,11 @@ def plain(jobs):
     return job
 
 
-@pytest.mark.parametrize(("stage", "workers"), [(1, 2), (2, 1), (3, 2)], ids=str)
+@pytest.mark.parametrize(
+    ("stage", "workers"),
+    [pytest.param(1, 2, marks=pytest.mark.extended), pytest.param(2, 1, marks=pytest.mark.extended), (3, 2)],
+    ids=str,
+)
 def test_stages_and_ranks_agree(jobs, plain, stage, workers):
     job = jobs.distill(
         f"stage{stage}-{workers}", *SETTINGS, f"train.zero_stage={stage}", f"train.num_workers={workers}"
@@ -39,6 +43,7 @@ def test_two_workers_and_a_teacher_on_two_cores(local_jobs):
     assert job.summary["rows_missing"] == 0
 
 
+@pytest.mark.extended
 def test_a_pool_grows_when_its_teachers_are_busy(jobs):
     """A minute of work for one, through names of Ray's executor that are private."""
     slow = "teacher.engine={kind: fake, vocab_size: 259, delay_s: 1.5}"
