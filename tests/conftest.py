@@ -19,7 +19,7 @@ from ray_kd import storage
 from tests.tiny import tiny_llama
 
 REPOSITORY = Path(__file__).parent.parent
-JOB_TIMEOUT_S = 300
+JOB_TIMEOUT_S = 540
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ from ray_kd.teacher.stage import EngineSpec
 pytestmark = pytest.mark.ray
 
 KEPT = "teacher.cache.mode=write_through"
-THREE_EPOCHS = ("train.max_steps=null", "train.epochs=3")
+THREE_EPOCHS = ("train.max_steps=null", "train.epochs=3", "train.checkpoint_every=10")
 
 
 @pytest.fixture(scope="module")
