@@ -3,8 +3,8 @@
 In: files that ranks wrote into `begin`'s temporary folder, and a JSON state with the ledger (the next slot).
 Out: `<root>/step_00000100/`. On a disk it is renamed into place after everything in it was hashed and synced; in an
 object store its files are put one by one and the manifest last, which is the commit there. Readers take only folders
-whose manifest verifies. Cost: one sha256 pass at commit (spread over the ranks with `put_files`) and one before
-anything is read (`newest_verified` on a disk, `local_copy` from a store). Needs no torch, ray or deepspeed.
+whose manifest verifies. Cost: one sha256 pass at commit (spread over the ranks with `put_files`) and one by each
+process that chooses a checkpoint (`newest_verified` on a disk, `local_copy` from a store). Needs no torch or ray.
 
 On every rank:                                       on rank 0, after a barrier:
     tmp = begin(root, step, rank); barrier               commit(tmp, root, step, next_slot, state, hashes of all)
@@ -12,6 +12,7 @@ On every rank:                                       on rank 0, after a barrier:
     hashes = put_files(tmp, root, step, my_files)
 """
 
+import errno
 import hashlib
 import itertools
 import json
@@ -19,13 +20,14 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ray_kd import storage
-from ray_kd.errors import RetryableError
+from ray_kd.errors import ConfigError, RetryableError
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
@@ -159,19 +161,21 @@ def local_copy(folder: Path, *, of_writer: bool = False) -> Path:
 def verify(folder: Path, full: bool = True) -> None:
     """Raise CorruptCheckpoint unless folder holds exactly the manifest's files, with its sizes and sha256 sums.
 
-    full=False compares names and sizes only: no file is read, so a flipped byte goes unnoticed.
+    full=False compares names and sizes only: no file is read, so a flipped byte goes unnoticed. Raises ConfigError for
+    a schema version this code does not know: such a checkpoint is not damaged.
     """
     records = _read_manifest(folder)
-    present = _plain_files(folder)
-    present.pop(MANIFEST)
-    _compare_sizes(folder, records, present)
-    _refuse_extra(folder, records, present)
-    if full:
-        with ThreadPoolExecutor(max_workers=4) as pool:
-            found = pool.map(lambda name: (name, _record(folder / name)), sorted(records))
-            for name, record in found:
-                if record["sha256"] != records[name]["sha256"]:
-                    raise CorruptCheckpoint(f"{folder / name}: sha256 differs from {MANIFEST}")
+    with _unreadable_is_corrupt(folder):
+        present = _plain_files(folder)
+        present.pop(MANIFEST, None)
+        _compare_sizes(folder, records, present)
+        _refuse_extra(folder, records, present)
+        if full:
+            with ThreadPoolExecutor(max_workers=4) as pool:
+                found = pool.map(lambda name: (name, _record(folder / name)), sorted(records))
+                for name, record in found:
+                    if record["sha256"] != records[name]["sha256"]:
+                        raise CorruptCheckpoint(f"{folder / name}: sha256 differs from {MANIFEST}")
 
 
 def newest_verified(root: Path, full: bool = True) -> Path | None:
@@ -190,28 +194,47 @@ def newest_verified(root: Path, full: bool = True) -> Path | None:
     return None
 
 
+def recover(root: Path) -> Path | None:
+    """The newest checkpoint that verifies, and nothing beside the good ones: orphans are swept, and what was passed
+    over lies in `damaged/` (in a store it stays, until `local_copy` has seen its bytes).
+
+    Call before training, by the one process that writes checkpoints. Left where it is, a broken one would count as one
+    of the last, and the good ones before it would go at the next commits.
+    """
+    sweep(root)
+    newest = newest_verified(root)
+    if not storage.is_remote(root):
+        for folder in folders(root):
+            if newest is None or step_of(folder) > step_of(newest):
+                set_aside(folder)
+    return newest
+
+
 def folders(root: Path) -> list[Path]:
     """All checkpoints with a manifest, oldest first; not verified."""
     return [folder for _, folder in _committed(root)]
+
+
+def step_of(folder: Path) -> int:
+    """The step of a checkpoint's folder, by its name."""
+    return int(folder.name.removeprefix("step_"))
 
 
 def read_state(folder: Path) -> dict[str, Any]:
     """state.json of a checkpoint: schema_version, step, next_slot and state.
 
     Its own bytes are checked against the manifest first (the other files are not: `verify`).
-    Raises CorruptCheckpoint naming the file, also for a schema version this code does not know.
+    Raises CorruptCheckpoint naming the file, and ConfigError for a schema version this code does not know.
     """
     record = _read_manifest(folder).get(STATE)
     path = folder / STATE
     if record is None or not path.exists():
         raise CorruptCheckpoint(f"{path}: missing")
-    if _record(path) != record:
-        raise CorruptCheckpoint(f"{path}: sha256 differs from {MANIFEST}")
-    document: dict[str, Any] = json.loads(path.read_bytes())
-    if document["schema_version"] != SCHEMA_VERSION:
-        raise CorruptCheckpoint(
-            f"{path}: schema_version {document['schema_version']}, this code reads {SCHEMA_VERSION}"
-        )
+    with _unreadable_is_corrupt(path):
+        if _record(path) != record:
+            raise CorruptCheckpoint(f"{path}: sha256 differs from {MANIFEST}")
+        document: dict[str, Any] = json.loads(path.read_bytes())
+    _check_version(path, document["schema_version"])
     return document
 
 
@@ -290,20 +313,40 @@ def _read_manifest(folder: Path) -> Hashes:
     """The manifest's records, after checking that it can be read, is this version, and belongs to this folder."""
     path = folder / MANIFEST
     try:
-        document = json.loads(storage.read_text(path))
+        with _unreadable_is_corrupt(path):
+            document = json.loads(storage.read_text(path))
         version, step = document["schema_version"], document["step"]
         records = {
             str(name): {"sha256": str(r["sha256"]), "size": int(r["size"])} for name, r in document["files"].items()
         }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        if storage.is_remote(folder) and isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
-            raise  # the store failed, which says nothing about the checkpoint
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CorruptCheckpoint(f"{path}: cannot be read ({type(error).__name__}: {error})") from error
-    if version != SCHEMA_VERSION:
-        raise CorruptCheckpoint(f"{path}: schema_version {version}, this code reads {SCHEMA_VERSION}")
+    _check_version(path, version)
     if _folder_name(step) != folder.name:
         raise CorruptCheckpoint(f"{path}: is of step {step}, not of {folder.name}")
     return records
+
+
+def _check_version(path: Path, version: int) -> None:
+    if version != SCHEMA_VERSION:
+        raise ConfigError(
+            f"{path}: schema_version {version}, this code reads {SCHEMA_VERSION}: go on with the ray_kd that wrote it, "
+            f"or name another run.dir"
+        )
+
+
+@contextmanager
+def _unreadable_is_corrupt(where: Path) -> Iterator[None]:
+    """A file that is gone or whose bytes the disk has lost is damage; that the storage failed says nothing about it."""
+    try:
+        yield
+    except OSError as error:
+        line = f"{error.filename or where}: cannot be read ({type(error).__name__}: {error.strerror or error})"
+        if isinstance(error, FileNotFoundError | IsADirectoryError) or error.errno == errno.EIO:
+            raise CorruptCheckpoint(line) from error
+        if storage.is_remote(where):
+            raise
+        raise RetryableError(line) from error
 
 
 def _plain_files(folder: Path) -> dict[str, int]:

@@ -267,6 +267,13 @@ class _RunLog(logging.StreamHandler[storage.GrowingFile]):
 
     def __init__(self, path: Path) -> None:
         super().__init__(storage.GrowingFile(path))
+        self._is_broken = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """One line and not a traceback a message: on a full disk the run has something better to say."""
+        if not self._is_broken:
+            self._is_broken = True
+            print(f"warning: the log cannot be written: {_one_line(sys.exc_info()[1] or OSError())}", file=sys.stderr)
 
     def close(self) -> None:
         super().close()

@@ -32,6 +32,7 @@ _HEAD_EVERY_S = 3.0
 _HEAD_LOST_S = 20.0
 _SETTLED_S = 5.0
 _LOOK_S = 1.0
+_START_S = 300.0
 
 
 @dataclass(frozen=True)
@@ -211,7 +212,10 @@ def connecting(config: RunConfig, *, trains: bool = True) -> Iterator[Callable[[
         ended.wait()
 
     def wait() -> None:
-        begun.result()
+        try:
+            begun.result(timeout=_START_S)
+        except futures.TimeoutError:
+            raise RetryableError(f"Ray did not start within {_START_S} s: look at its logs in /tmp/ray") from None
         _quiet_console()
         if where is not None and trains:
             _wait_for_layout(Layout.of(config), config.cluster.wait_s)
@@ -221,10 +225,10 @@ def connecting(config: RunConfig, *, trains: bool = True) -> Iterator[Callable[[
     try:
         yield wait
     finally:
-        futures.wait([begun])
-        ray.shutdown()
-        ended.set()
-        thread.join()
+        if futures.wait([begun], timeout=_START_S).done:
+            ray.shutdown()
+            ended.set()
+            thread.join()
 
 
 def _begin(config: RunConfig, where: str | None) -> None:
@@ -308,15 +312,19 @@ def _nodes() -> tuple[list[Node], list[Node]]:
 
 
 def actor_pool(pool: Pool) -> dict[str, Any]:
-    """Arguments of `map_batches` for a pool of teachers. Ray would retry a teacher's tasks for ever."""
+    """Arguments of `map_batches` for a pool of teachers.
+
+    Ray would start a teacher again, and retry its tasks, for ever. Here an actor survives four rows that end its
+    process every time (`teacher/deaths.py`); after that the attempt fails, and counts as one of `train.max_failures`.
+    """
     import ray.data
 
     return {
         "compute": ray.data.ActorPoolStrategy(min_size=pool.min_actors, max_size=pool.max_actors),
         "num_cpus": pool.num_cpus,
         "num_gpus": pool.num_gpus,
-        "max_restarts": REFUSED_AFTER,
-        "max_task_retries": REFUSED_AFTER,
+        "max_restarts": 4 * REFUSED_AFTER,
+        "max_task_retries": 4 * REFUSED_AFTER,
         "label_selector": dict(pool.label_selector) or None,
     }
 

@@ -1,7 +1,8 @@
 """Examines a run folder: what is there, what is damaged, whether the run can go on, and from which step.
 
 In: a run folder on a disk or in an object store. Out: a `Report` of findings. Without `fix` nothing is written. With it
-the run's lock is held, leftovers are removed, and what is damaged is moved aside: no checkpoint and no line is deleted.
+the run's lock is held, leftovers are removed, and what is damaged is moved aside: no checkpoint that has its manifest
+and no line is deleted.
 Cost: every byte of the checkpoints and of the prepared data is read once. No Ray and no torch here.
 
 The checks stand in the order in which they run, and a later one uses what an earlier one found (`Run`).
@@ -451,14 +452,13 @@ def _read_checkpoint(folder: Path) -> dict[str, Any] | str:
     try:
         checkpoint.verify(folder)
         return checkpoint.read_state(folder)
-    except (checkpoint.CorruptCheckpoint, FileNotFoundError) as error:
+    except checkpoint.CorruptCheckpoint as error:
         return str(error)
 
 
 def _is_leftover(name: str) -> bool:
     """Whether a name in a run folder is one that is there only while something is being written or asked."""
-    is_draft = name.startswith(".") and (name.endswith(".tmp") or ".partial-" in name)
-    return is_draft or name.startswith(".probe-") or name in (STOP_FLAG, RESIZE_FLAG, REFUSAL)
+    return run_folder.is_draft(name) or name.startswith(".probe-") or name in (STOP_FLAG, RESIZE_FLAG, REFUSAL)
 
 
 def _problem_of_model(folder: Path) -> str | None:

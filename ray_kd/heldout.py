@@ -17,7 +17,7 @@ from ray_kd.data.prepared import PreparedData
 from ray_kd.payloads import TopKLogprobs
 from ray_kd.teacher.engine import Request, RowError
 from ray_kd.teacher.mixture import Part
-from ray_kd.teacher.stage import EngineSpec
+from ray_kd.teacher.stage import EngineSpec, deadline
 
 if TYPE_CHECKING:
     import torch
@@ -47,7 +47,8 @@ def make_evaluate(spec: HeldOut, device: "torch.device") -> Callable[[Any], dict
 
     from ray_kd.trainer.step import all_reduce
 
-    evaluator = _evaluator(spec, device, dist.get_rank(), dist.get_world_size())
+    with deadline(_teacher_s(spec)):
+        evaluator = _evaluator(spec, device, dist.get_rank(), dist.get_world_size())
 
     def evaluate(engine: Any) -> dict[str, float]:
         engine.eval()
@@ -59,6 +60,13 @@ def make_evaluate(spec: HeldOut, device: "torch.device") -> Callable[[Any], dict
             engine.train()
 
     return evaluate
+
+
+def _teacher_s(spec: HeldOut) -> float:
+    """The seconds that teachers may take for all held-out rows: for each batch what a block of the stream may take."""
+    num_rows = PreparedData(spec.prepared_dir).manifest.eval_rows
+    num_rows = min(num_rows, spec.max_rows or num_rows)
+    return sum(teacher.timeout_s * (1 + num_rows // teacher.batch_size) for teacher, _ in spec.teachers)
 
 
 def evaluate_model(spec: HeldOut, path: str, device: "torch.device") -> dict[str, float]:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import math
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -78,7 +79,7 @@ def distill(config: RunConfig) -> dict[str, Any]:
             run_folder.check_content(run_dir, _content(config, _plan(config)))
         logger.info("run %s is finished already; nothing to do", run_dir)
         return finished
-    with driver_lock(run_dir) as held, launch.interruptible(), cluster.connecting(config) as wait_for_ray:
+    with launch.interruptible(), driver_lock(run_dir) as held, cluster.connecting(config) as wait_for_ray:
         check_settings(config)
         run_folder.check_identity(run_dir, config)
         vocab_size = validate(config).teacher.vocab_size
@@ -172,6 +173,10 @@ def _sweep(run_dir: Path) -> None:
     # Ray Train would restore its own list of checkpoints; ours are found by their manifests.
     for leftover in ("checkpoint_manager_snapshot.json", STOP_FLAG, RESIZE_FLAG, refusal.REFUSAL):
         (run_dir / leftover).unlink(missing_ok=True)
+    if not storage.is_remote(run_dir):  # a store shows nothing before it is whole
+        for path in storage.children(run_dir):
+            if run_folder.is_draft(path.name):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _content(config: RunConfig, plan: "Plan") -> dict[str, str]:

@@ -25,7 +25,7 @@ def finish(config: RunConfig, run_dir: Path) -> None:
     """Write final/ and samples.json from the last checkpoint, unless an earlier attempt did."""
     final = run_dir / run_folder.FINAL
     if not (final / "config.json").exists():
-        export(config, final)
+        export(config, final, of_writer=True)
     path = run_dir / run_folder.SAMPLES
     if config.eval.prompts and not path.exists():
         run_folder.write_json(path, {"samples": sample(config, str(final))})
@@ -41,11 +41,14 @@ def best_step(run_dir: Path) -> int:
     return step
 
 
-def export(config: RunConfig, out_dir: Path, *, step: int | None = None, dtype: str | None = None) -> int:
+def export(
+    config: RunConfig, out_dir: Path, *, step: int | None = None, dtype: str | None = None, of_writer: bool = False
+) -> int:
     """Write the student of a checkpoint of this run as a Hugging Face folder; returns its step.
 
     step: None for the newest verified checkpoint. dtype: None for the type it was trained in.
-    out_dir: of `storage.path`. Raises ConfigError when there is no such checkpoint or out_dir exists.
+    out_dir: of `storage.path`. of_writer: as of `checkpoint.local_copy`.
+    Raises ConfigError when there is no such checkpoint or out_dir exists.
     Host memory: one shard of 4 GB.
     """
     from transformers import AutoConfig
@@ -62,7 +65,7 @@ def export(config: RunConfig, out_dir: Path, *, step: int | None = None, dtype: 
     except OSError as error:
         raise ConfigError(f"'{out_dir}' cannot be written: {error.strerror or error}") from error
     run_dir = run_folder.run_dir(config)
-    folder = checkpoint.local_copy(_checkpoint(run_dir, step))
+    folder = checkpoint.local_copy(_checkpoint(run_dir, step), of_writer=of_writer)
     document = checkpoint.read_state(folder)
     student_path = document["state"]["student_path"]
     with storage.drafted_folder(out_dir, last="config.json") as draft:
@@ -163,7 +166,7 @@ def _checkpoint(run_dir: Path, step: int | None) -> Path:
         if newest is None:
             raise ConfigError(f"run '{run_dir}' has no checkpoint yet")
         return newest
-    steps = {checkpoint.read_state(folder)["step"]: folder for folder in checkpoint.folders(root)}
+    steps = {checkpoint.step_of(folder): folder for folder in checkpoint.folders(root)}
     if step not in steps:
         raise ConfigError(f"run '{run_dir}' has no checkpoint of step {step}: it has {sorted(steps) or 'none'}")
     try:

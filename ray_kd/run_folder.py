@@ -77,9 +77,16 @@ def create(folder: Path) -> None:
         probe.write_text("")
         probe.unlink()
     except OSError as error:
+        if storage.is_full(error):
+            raise  # which may change
         if storage.is_remote(folder) and not isinstance(error, PermissionError | FileNotFoundError):
             raise  # neither the bucket's name nor its rights: the store failed
         raise ConfigError(f"run.dir '{folder}' cannot be written: {error.strerror or error}") from error
+
+
+def is_draft(name: str) -> bool:
+    """Whether a name in a run folder is of a file or folder that is being written, or was when its writer died."""
+    return name.startswith(".") and (name.endswith(".tmp") or ".partial-" in name)
 
 
 def identity(config: RunConfig) -> dict[str, Any]:

@@ -141,7 +141,7 @@ def write_text(target: Path, text: str) -> None:
     if is_remote(target):
         target.write_text(text, encoding="utf-8")
         return
-    temporary = target.with_name(f".{target.name}.tmp")
+    temporary = target.with_name(f".{target.name}-{uuid.uuid4().hex[:8]}.tmp")  # ranks may write the same at once
     with _removed_if_it_fails(temporary):
         with temporary.open("w", encoding="utf-8") as file:
             file.write(text)
@@ -214,12 +214,18 @@ def read_ranges(ranges: Sequence[tuple[Path, int, int]]) -> list[bytes]:
 
 
 def append_text(target: Path, text: str) -> None:
-    """Add to a small file that is written seldom and by one process at a time."""
+    """Add whole lines to a small file that is written seldom and by one process at a time.
+
+    A line that a kill or a full disk cut short goes first: it would take the new one with it.
+    """
     if is_remote(target):
         target.write_text("".join(read_lines(target)) + text, encoding="utf-8")
         return
-    with target.open("a", encoding="utf-8") as file:
-        file.write(text)
+    with target.open("a+b") as file:
+        file.seek(0)
+        whole = file.read().rfind(b"\n") + 1
+        file.truncate(whole)
+        file.write(text.encode())
 
 
 def sizes(folder: Path) -> dict[str, int]:

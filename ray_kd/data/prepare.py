@@ -230,4 +230,6 @@ def _join(parts: Iterable[Path], whole: Path) -> None:
             for part in parts:
                 file.write(part.read_bytes())
     except OSError as error:
+        if storage.is_full(error):
+            raise  # which may change
         raise ConfigError(f"'{whole}' cannot be written: {error.strerror or error}") from error

@@ -39,6 +39,8 @@ def staging(parent: Path) -> Iterator[Path]:
         parent.mkdir(parents=True, exist_ok=True)
         lock = _locked(lock_path)
     except OSError as error:
+        if storage.is_full(error):
+            raise  # which may change
         raise ConfigError(f"data.prepared_dir '{parent}' cannot be written: {error.strerror}") from error
     with lock:
         folder.mkdir()

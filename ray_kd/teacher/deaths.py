@@ -5,7 +5,8 @@ leaves its note: Ray starts it again and gives it the same block, and the note t
 may be anybody's, of a machine or of memory that another took. So rows that were there at `ALONE_AFTER` deaths are asked
 one by one, and one that was there at `REFUSED_AFTER` has a RowError for an answer, for the rest of the run.
 
-Notes are of one attempt: an actor that was ended with its stream leaves one as well, and it says nothing about the row.
+Each attempt has notes of its own: an actor that was ended with its stream leaves one as well, which says nothing about
+the row. All but that last one go along to the next attempt: a row that hangs its teacher may end the attempt first.
 Cost: two writes of a few bytes a block, not synced, since what a process wrote outlives it. In an object store, where a
 write is a request, nothing is noted: there such a row fails the run when Ray's retries are used up.
 """
@@ -13,9 +14,9 @@ write is a request, nothing is noted: there such a row fails the run when Ray's 
 import json
 import shutil
 import uuid
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -35,15 +36,32 @@ _REFUSED = "refused.jsonl"
 
 
 def begin(run_dir: Path) -> str | None:
-    """Forget the notes of earlier attempts and name this one; None where nothing is noted. Call as a stream starts."""
+    """Name an attempt, with what the notes of the one before say of rows; None where nothing is noted.
+
+    Call as a stream starts.
+    """
     if storage.is_remote(run_dir):
         return None
-    for path in storage.children(run_dir / FOLDER):
-        if path.is_dir():
-            shutil.rmtree(path)
     attempt = uuid.uuid4().hex
-    (run_dir / FOLDER / attempt).mkdir(parents=True)
+    folder = run_dir / FOLDER / attempt
+    folder.mkdir(parents=True)
+    for earlier in storage.children(run_dir / FOLDER):
+        if earlier.is_dir() and earlier != folder:
+            _carry_over(earlier, folder)
+            shutil.rmtree(earlier)
     return attempt
+
+
+def _carry_over(earlier: Path, folder: Path) -> None:
+    """Of each slot the deaths noted but one: that may be the end of the stream."""
+    counts: dict[str, Counter[int]] = defaultdict(Counter)
+    for path in storage.children(earlier):
+        with suppress(ValueError):  # empty: nothing was asked for; cut: a full disk
+            teacher, slots = json.loads(storage.read_text(path))
+            counts[teacher].update(slots)
+    for teacher, deaths in counts.items():
+        repeated = [slot for slot, count in deaths.items() for _ in range(count - 1)]
+        (folder / uuid.uuid4().hex).write_text(json.dumps([teacher, repeated]))
 
 
 class Deaths:

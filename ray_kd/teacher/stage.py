@@ -129,7 +129,7 @@ class TeacherStage:
     def _guarded(self) -> Iterator[None]:
         """Nothing in here takes for ever, and what no other try would change reaches the driver."""
         timeout_s = None if self._spec is None else self._spec.timeout_s
-        with _deadline(timeout_s), refusal.reported(self._folder), storage.store_errors():
+        with deadline(timeout_s), refusal.reported(self._folder), storage.store_errors():
             yield
 
     def _answer(self, block: pa.Table) -> pa.Table:
@@ -256,8 +256,8 @@ class TeacherStage:
 
 
 @contextmanager
-def _deadline(seconds: float | None) -> Iterator[None]:
-    """End this process if the block takes longer, its stacks in the actor's log: Ray gives the rows to a new actor.
+def deadline(seconds: float | None) -> Iterator[None]:
+    """End this process if the block takes longer, its stacks in its log: Ray gives what it did to another process.
 
     Python's own threads could not: what hangs may hold the GIL.
     """

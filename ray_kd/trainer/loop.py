@@ -23,7 +23,9 @@ from ray_kd.trainer.feed import Expected, Feed
 from ray_kd.trainer.schedule import learning_rate
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
 
     from ray_kd.trainer.collate import MicroBatch
     from ray_kd.trainer.ledger import Ledger
@@ -122,6 +124,7 @@ def _train(spec: TrainSpec, feed: Feed, held: Held, rank: int, world: int) -> No
             stop = any(flag.is_set() for flag in stop_flags)
             flags = Flags(stop=stop, is_written=saver.is_written, ask_for_notice=notice.is_due())
             result = train_step(engine, micro_batches, device, flags)
+            _check_all_slots(result.slots, step, options.global_batch_size)
             if result.has_refused:
                 _quarantine_refused(run_dir, micro_batches, rank)
             if result.is_bad and rank == 0:
@@ -219,7 +222,7 @@ def _restore(spec: TrainSpec, engine: Any, rank: int) -> tuple["Ledger", int]:
     from ray_kd.trainer.rng import load_rng
 
     # Rank 0 verifies for all: every byte is hashed once, and ranks cannot disagree.
-    newest = [checkpoint.newest_verified(storage.path(spec.run_dir) / CHECKPOINTS) if rank == 0 else None]
+    newest = [checkpoint.recover(storage.path(spec.run_dir) / CHECKPOINTS) if rank == 0 else None]
     dist.broadcast_object_list(newest, src=0)
     if newest[0] is None:
         return Ledger(spec.num_rows, spec.num_planned_rows), 1
@@ -250,6 +253,12 @@ def _check_slots(micro_batches: Sequence["MicroBatch"], step: int, global_batch_
     for micro_batch in micro_batches:
         is_right = micro_batch.slots // global_batch_size == step - 1
         assert is_right.all(), f"step {step} got slots {micro_batch.slots.tolist()} at batch size {global_batch_size}"
+
+
+def _check_all_slots(slots: "NDArray[np.int64]", step: int, global_batch_size: int) -> None:
+    """Each slot of step k on one rank, once: before its checkpoint, so that the one before is good."""
+    expected = range((step - 1) * global_batch_size, step * global_batch_size)
+    assert slots.tolist() == list(expected), f"step {step} got slots {slots.tolist()}"
 
 
 def _quarantine_refused(run_dir: Path, micro_batches: Sequence["MicroBatch"], rank: int) -> None:

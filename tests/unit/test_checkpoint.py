@@ -1,16 +1,19 @@
 """Checkpoint folders: complete or absent, and every kind of damage found before anything is read."""
 
+import errno
 import json
 import logging
+import os
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ray_kd import checkpoint, storage
 from ray_kd.checkpoint import CorruptCheckpoint
-from ray_kd.errors import RetryableError
+from ray_kd.errors import ConfigError, RetryableError
 
 
 def save(root: Path, step: int, state: dict | None = None) -> Path:
@@ -201,6 +204,50 @@ def test_rotation_after_a_fall_back_keeps_the_good_checkpoint(tmp_path: Path) ->
     save(tmp_path, 75)
     assert checkpoint.rotate(tmp_path, newest=75, keep_last=1) == [50, 100]
     assert checkpoint.newest_verified(tmp_path) == tmp_path / "step_00000075"
+
+
+def test_what_a_start_passes_over_counts_no_more_and_is_kept(tmp_path: Path) -> None:
+    """Broken in between: as one of the last two it would push the good one out."""
+    for step in (5, 7, 9):
+        save(tmp_path, step)
+    for step in (7, 9):
+        truncate(tmp_path / f"step_{step:08d}")
+    checkpoint.begin(tmp_path, 11)
+    assert checkpoint.recover(tmp_path) == tmp_path / "step_00000005"
+    save(tmp_path, 10)
+    assert checkpoint.rotate(tmp_path, newest=10, keep_last=2) == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged", "step_00000005", "step_00000010"]
+    assert len(list((tmp_path / "damaged").iterdir())) == 2
+
+
+def test_a_checkpoint_of_another_version_is_not_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, 5)
+    monkeypatch.setattr(checkpoint, "SCHEMA_VERSION", 2)
+    for call in (checkpoint.newest_verified, checkpoint.recover):
+        with pytest.raises(ConfigError, match="schema_version 1, this code reads 2: go on with the ray_kd that wrote"):
+            call(tmp_path)
+    assert (tmp_path / "step_00000005").exists()
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "rank00000.safetensors"])
+def test_lost_bytes_are_damage_and_storage_that_fails_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    older, newest = save(tmp_path, 5), save(tmp_path, 6)
+    code = errno.EIO
+    opened = Path.open
+
+    def fails(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path == newest / name:
+            raise OSError(code, os.strerror(code), str(path))
+        return opened(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", fails)
+    assert checkpoint.newest_verified(tmp_path) == older
+    code = errno.ESTALE
+    with pytest.raises(RetryableError, match=name) as caught:
+        checkpoint.newest_verified(tmp_path)
+    assert not isinstance(caught.value, CorruptCheckpoint)
 
 
 @pytest.fixture

@@ -1,13 +1,14 @@
 """The run folder: what identifies a run, what is free to change, and files that are whole or not there."""
 
 import dataclasses
+import errno
 import json
 import os
 
 import pytest
 
-from ray_kd import config, run_folder
-from ray_kd.errors import ConfigError
+from ray_kd import config, run_folder, storage
+from ray_kd.errors import ConfigError, StorageFull
 
 CONTENT = {"prepared data": "d" * 64, "teacher weights": "sha256:1", "student weights": "sha256:2"}
 BASE = {
@@ -267,6 +268,15 @@ def test_the_folder_is_made_and_proved(tmp_path):
     for bad in (tmp_path / "file", tmp_path / "file" / "run"):
         with pytest.raises(ConfigError, match=f"run.dir '{bad}' cannot be written"):
             run_folder.create(bad)
+
+
+def test_a_full_disk_is_no_mistake_of_the_user(tmp_path, monkeypatch):
+    def is_full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("pathlib.Path.write_text", is_full)
+    with pytest.raises(StorageFull), storage.store_errors():
+        run_folder.create(tmp_path)
 
 
 def test_run_dir_is_a_path_or_a_uri(load, tmp_path, monkeypatch):

@@ -324,6 +324,16 @@ def test_a_full_disk_is_retryable_when_there_is_space():
         Path("/dev/full").write_bytes(b"1")
 
 
+def test_a_line_cut_short_does_not_take_the_next_one_with_it(tmp_path):
+    path = tmp_path / "quarantine.jsonl"
+    storage.append_text(path, '{"row": 1}\n')
+    with path.open("a") as file:
+        file.write('{"ro')
+    for number in (2, 3):
+        storage.append_text(path, f'{{"row": {number}}}\n')
+    assert path.read_text().splitlines() == ['{"row": 1}', '{"row": 2}', '{"row": 3}']
+
+
 def test_a_file_that_could_not_be_written_leaves_nothing(tmp_path):
     """Part of one would fill a full disk for good."""
     (tmp_path / "taken" / "by").mkdir(parents=True)

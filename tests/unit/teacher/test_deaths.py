@@ -37,11 +37,31 @@ def test_a_row_is_asked_for_with_its_block_then_alone_then_not_at_all(tmp_path):
     assert error is not None
     assert "ended 4 times" in error.reason
     assert Deaths(tmp_path, attempt).error(slot=4, row_id=40) is None, "was there at the first deaths only"
-    # The next attempt remembers who was refused, in any epoch, and no other death.
+    # The next attempt remembers who was refused, in any epoch.
     later = Deaths(tmp_path, deaths.begin(tmp_path))
     assert later.error(slot=600, row_id=60) is not None
-    assert later.groups(slots, [0, 2, 3]) == [[0, 2, 3]]
     assert later.groups(slots, []) == []
+
+
+def test_a_row_that_ends_each_attempt_before_its_fourth_death_is_refused_in_the_end(tmp_path):
+    """One that hangs takes `teacher.timeout_s` for a death; the attempt ends while the next actor is asked for it."""
+    for count in range(REFUSED_AFTER):
+        attempt = deaths.begin(tmp_path)
+        now = Deaths(tmp_path, attempt)
+        assert now.error(slot=5, row_id=50) is None
+        assert now.groups(np.array([5, 6]), [0, 1]) == ([[0, 1]] if count < ALONE_AFTER else [[0], [1]])
+        die(tmp_path, attempt, [5])
+        die(tmp_path, attempt, [5])  # with its stream, which says nothing
+    assert Deaths(tmp_path, deaths.begin(tmp_path)).error(slot=5, row_id=50) is not None
+
+
+def test_what_ended_with_its_stream_says_nothing_of_its_rows(tmp_path):
+    for _ in range(2 * REFUSED_AFTER):
+        attempt = deaths.begin(tmp_path)
+        die(tmp_path, attempt, [5])
+    later = Deaths(tmp_path, deaths.begin(tmp_path))
+    assert later.error(slot=5, row_id=50) is None
+    assert later.groups(np.array([5, 6]), [0, 1]) == [[0, 1]]
 
 
 def test_what_came_back_is_no_death(tmp_path):
