@@ -3,6 +3,7 @@
 add POOL             one node more
 kill PID             the node that process PID belongs to, at once: SIGKILL for its raylet and what it started
 drain PID SECONDS    that node is told that it will be taken away then; it is not
+take                 the node that was drained, at once
 kill_head            SIGKILL for everything on the head
 
 It ends, and all of it, when its standard input says stop or closes.
@@ -48,7 +49,11 @@ class Server:
         client = ray._raylet.GcsClient(address=self.cluster.gcs_address)
         reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
         deadline_ms = int((time.time() + float(seconds)) * 1000)
+        self._drained = node  # its processes may be gone by then
         return list(client.drain_node(node.node_id, reason, "a spot machine is taken back", deadline_ms))
+
+    def take(self) -> None:
+        self.cluster.remove_node(self._drained, allow_graceful=False)
 
     def _node_of(self, pid: int) -> "ray._private.node.Node":
         above = {pid, *(parent.pid for parent in psutil.Process(pid).parents())}

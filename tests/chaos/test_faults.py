@@ -123,7 +123,7 @@ def student_node_is_drained(run: Run) -> None:
     run.cluster.ask("add", "student")  # as an autoscaler would
     run.wait(lambda: checkpoint.folders(run.checkpoints))
     time.sleep(max(0.0, deadline - time.monotonic()))
-    run.cluster.ask("kill", pid)
+    run.cluster.ask("take")
 
 
 CASES = [
