@@ -105,9 +105,11 @@ def address(config: RunConfig) -> str | None:
 
 def _check_reachable(where: str) -> None:
     """Ray itself would try for many minutes, and hear no signal meanwhile. Raises ConfigError."""
+    if where == "auto":
+        return  # Ray looks it up on this machine
     host, _, port = where.rpartition(":")
-    if not port.isdigit():
-        return  # auto, which Ray looks up on this machine
+    if not (host and port.isdigit()):
+        raise ConfigError(f"cluster.address (or RAY_ADDRESS) is '{where}': allowed is auto or host:port")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_PROBE_S).close()
     except OSError as error:

@@ -430,12 +430,24 @@ def _merge(base: DictConfig, update: DictConfig, where: str) -> DictConfig:
             of_section = known + [item.name for item in fields(OneOfTeachers)]
         raise ConfigError(f"unknown key '{key}' in {where}{plugins.nearest(key, of_section or known)}") from error
     except OmegaConfBaseException as error:
-        key = error.full_key or "value"
+        key = error.full_key or _misfit(base, update) or "value"
         raise ConfigError(f"{key} in {where}: {plugins.explain(error)}") from error
     except TypeError as error:  # what OmegaConf raises when a list is to replace a mapping
-        raise ConfigError(f"{where}: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"{_misfit(base, update) or 'value'} in {where}: {plugins.explain(error)}") from error
     assert isinstance(merged, DictConfig)
     return merged
+
+
+def _misfit(base: DictConfig, update: DictConfig) -> str | None:
+    """The dotted key of the first section for which something else is given; OmegaConf does not name it."""
+    for name in map(str, update):
+        known, given = OmegaConf.select(base, name), update[name]  # which leaves out what is missing
+        if isinstance(known, DictConfig):
+            if not isinstance(given, DictConfig):
+                return f"{name} ({given!r})"
+            if found := _misfit(known, given):
+                return f"{name}.{found}"
+    return None
 
 
 def _merge_into_list(merged: DictConfig, update: DictConfig, override: str) -> None:

@@ -419,7 +419,8 @@ def check_summary(run: Run) -> Iterator[Finding]:
         yield Finding("summary", state, f"{seen}; not compared: there are no counts of the same step")
     elif different:
         said = ", ".join(f"{name} {summary.get(name)} (counted {count})" for name, count in different.items())
-        yield Finding("summary", BROKEN, f"{seen}, and wrong about {said}", "trust the checkpoint")
+        advice = f"trust the checkpoint; without {path.name} the same command writes another"
+        yield Finding("summary", BROKEN, f"{seen}, and wrong about {said}", advice)
     else:
         yield Finding("summary", OK, f"{seen}: {', '.join(f'{name} {count}' for name, count in run.counted.items())}")
 

@@ -46,7 +46,7 @@ def available(group: str) -> list[str]:
 
 def nearest(name: str, names: Iterable[str]) -> str:
     """A hint `; did you mean 'x'?` for a misspelt name, or nothing when none is close."""
-    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
     return f"; did you mean '{close[0]}'?" if close else ""
 
 
@@ -54,6 +54,9 @@ _IN_WORDS = {
     "is not a ListConfig": "allowed is a list, for example [a, b]",
     "is not a subclass of": "allowed is a mapping, or its keys one by one (KEY.NAME=VALUE)",
     "is not Optional": "a value is missing",
+    "Incompatible value 'None'": "a value is missing",
+    "Cannot assign str to Dict": "allowed is a mapping, for example {{key: value}}",
+    "Cannot merge incompatible container types": "allowed is a kind, or a mapping {{kind: ..., options}}",
     "could not be converted to Integer": "{value} is no integer, for example 8",
     "could not be converted to Float": "{value} is no number, for example 0.5 or 1.0e-4",
     "is not a valid bool": "{value} is not one of true, false",
@@ -110,7 +113,7 @@ def options(group: str, value: str | Mapping[str, Any], key: str) -> tuple[Modul
         if name not in names:
             raise ConfigError(
                 f"{key}: unknown option '{name}' of kind '{kind}'{nearest(name, names)}"
-                f" Available: {', '.join(names) or 'none'}"
+                f". Available: {', '.join(names) or 'none'}"
             )
     try:
         return module, OmegaConf.to_object(OmegaConf.merge(schema, given))

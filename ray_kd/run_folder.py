@@ -125,7 +125,7 @@ def engine_identity(config: RunConfig, with_address: bool = False) -> dict[str, 
 
 def check_identity(folder: Path, config: RunConfig) -> None:
     """Raise ConfigError naming the settings in which the run in this folder differs from the config."""
-    known = _read(folder / IDENTITY)
+    known = _read(folder / IDENTITY, {"settings", "content"})
     if known is None:
         return
     wanted = identity(config)
@@ -141,7 +141,7 @@ def check_identity(folder: Path, config: RunConfig) -> None:
 
 def has_moved(folder: Path, config: RunConfig) -> bool:
     """Whether the config names data or models by other paths than the run in this folder: `check_content` decides."""
-    known, wanted = _read(folder / IDENTITY), identity(config)
+    known, wanted = _read(folder / IDENTITY, {"settings", "content"}), identity(config)
     return known is not None and any(known["settings"].get(key) != wanted[key] for key in _CONTENT_KEYS)
 
 
@@ -150,7 +150,7 @@ def check_content(folder: Path, content: Mapping[str, str]) -> None:
 
     content: what ("prepared data", "teacher weights", ...) -> fingerprint.
     """
-    known = _read(folder / IDENTITY)
+    known = _read(folder / IDENTITY, {"settings", "content"})
     if known is None:
         return
     for name, fingerprint in content.items():
@@ -170,7 +170,7 @@ def record(folder: Path, config: RunConfig, content: Mapping[str, str]) -> None:
 
 def content_of(folder: Path) -> dict[str, str]:
     """The fingerprints `record` wrote. Raises ConfigError when the run never came that far."""
-    known = _read(folder / IDENTITY)
+    known = _read(folder / IDENTITY, {"settings", "content"})
     if known is None:
         raise ConfigError(f"'{folder}' holds no run: it has no {IDENTITY}")
     return known["content"]
@@ -188,7 +188,7 @@ def prepared_of(folder: Path, config: RunConfig) -> Path:
 
 def finished_summary(folder: Path) -> dict[str, Any] | None:
     """The summary of a run that is done, or None."""
-    summary = _read(folder / SUMMARY)
+    summary = _read(folder / SUMMARY, {"exit_code"})
     is_done = summary is not None and summary["exit_code"] == 0 and (folder / FINAL / "config.json").exists()
     return summary if is_done else None
 
@@ -198,11 +198,19 @@ def write_json(path: Path, document: Mapping[str, Any]) -> None:
     storage.write_text(path, json.dumps(document, indent=1, allow_nan=False) + "\n")
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def _read(path: Path, needed: set[str]) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
     try:
-        return json.loads(storage.read_text(path)) if path.exists() else None
-    except ValueError as error:
-        raise ConfigError(f"'{path}' is damaged ({error}): restore it, or use another run.dir") from error
+        document = json.loads(storage.read_text(path))
+        missing = sorted(needed - document.keys())
+        if missing:
+            raise ValueError(f"it has no '{missing[0]}'")
+    except (ValueError, AttributeError) as error:
+        raise ConfigError(
+            f"'{path}' is damaged ({error}): restore it (jobs/doctor.py says more), or use another run.dir"
+        ) from error
+    return dict(document)
 
 
 def _short(value: Any) -> str:

@@ -123,6 +123,7 @@ def _check_teachers(config: RunConfig) -> None:
         _require(names.count(names[place]) == 1, f"{key}.name", one.name,
                  "a name that no other teacher has (by default the last part of its model)")  # fmt: skip
         _require(math.isfinite(one.weight) and one.weight > 0, f"{key}.weight", one.weight, "a positive number")
+        _require(one.rows != [], f"{key}.rows", one.rows, "a list of values, or null for all rows")
         _require(one.rows is None or config.data.route_by is not None, f"{key}.rows", one.rows,
                  "null until data.route_by names the column")  # fmt: skip
 
@@ -142,7 +143,7 @@ def validate(config: RunConfig) -> Models:
 def check_data(config: RunConfig) -> None:
     """The data section alone: what `prepare_data` needs. Building the sources checks that their paths exist."""
     for key, value in (("data.source", config.data.source), ("data.eval_source", config.data.eval_source)):
-        if value is not None:
+        if value is not None or key == "data.source":
             module, options = plugins.options("data.sources", value, key)
             try:
                 module.Source(options)

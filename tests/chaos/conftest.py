@@ -237,7 +237,7 @@ def check(fault: str, run: Run, exit_codes: tuple[int, ...], uninterrupted: Run,
 
     exit_codes: of the commands it took. same_as: the run it must equal bitwise, or none where the fault is in the data.
     """
-    assert tuple(job.exit_code for job in run.jobs) == exit_codes, run.jobs[-1].stderr
+    assert tuple(job.exit_code for job in run.jobs) == exit_codes, [job.stderr for job in run.jobs]
     summary, counts, starts = run.jobs[-1].summary, count_rows(run.folder), run.start_slots()
     account = {
         "fault": fault,

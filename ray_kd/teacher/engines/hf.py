@@ -49,6 +49,8 @@ class Config:
     auto when teacher.pool.num_gpus is above 1, else all on one device."""
 
     def __post_init__(self) -> None:
+        if self.chunk_size < 1:
+            raise ConfigError(f"teacher.engine.chunk_size is {self.chunk_size}: allowed is 1 or more")
         chosen = self.device_map
         is_mapping = isinstance(chosen, dict) and chosen and all(map(_is_device, chosen.values()))
         if chosen is not None and chosen not in _DEVICE_MAPS and not is_mapping:
