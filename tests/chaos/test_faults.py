@@ -123,6 +123,7 @@ def student_node_is_drained(run: Run) -> None:
     run.cluster.ask("add", "student")  # as an autoscaler would
     run.wait(lambda: checkpoint.folders(run.checkpoints))
     time.sleep(max(0.0, deadline - time.monotonic()))
+    assert run.process.poll() is None, "too late: the run is done"
     run.cluster.ask("take")
 
 
@@ -138,7 +139,8 @@ CASES = [
     Case("the driver is killed after the last step", driver_dies_after_the_last_step, (KILLED, 0)),
     Case("the driver is killed in eval", driver_dies_in_eval, (KILLED, 0), engine={"construct_s": 3.0}),
     Case("SIGTERM", sigterm, (75, 0)),
-    Case("the student's node is drained", student_node_is_drained, settings=("train.checkpoint_every=0",)),
+    Case("the student's node is drained", student_node_is_drained, engine={"delay_s": 1.0},
+         settings=("train.checkpoint_every=0",)),
     Case("a slow teacher", nothing, engine={"delay_s": 0.8}),
     Case("a teacher that never answers", nothing, engine={"hangs": True}, settings=("teacher.timeout_s=5",)),
 ]  # fmt: skip

@@ -206,7 +206,7 @@ DAMAGE = {
         r"run\.json' is damaged .*: restore it", last=3, verdict="blocked",
     ),
     "run.json is a list": Damage(
-        lambda f: (f / "run.json").write_text("[]"), "identity", "broken", r"run\.json is not what", last=3,
+        lambda f: (f / "run.json").write_text("[]"), "identity", "broken", r"run\.json' is damaged", last=3,
         verdict="blocked",
     ),
     "run.json is gone": Damage(
