@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from ray_kd.errors import RayKDError, RetryableError
+from ray_kd import storage
+from ray_kd.errors import RayKDError, RetryableError, StorageFull
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -161,6 +162,10 @@ def _mapped(error: BaseException) -> BaseException:
     for cause in causes:
         if (ours := _ours(cause)) is not None:
             return ours
+        if storage.is_full(cause):  # Ray Train keeps a list of checkpoints there, in a process of its own
+            return StorageFull(
+                "no space left on device for the run folder: the same command goes on when there is space"
+            )
     lost = next((c for c in causes if isinstance(c, RayActorError) or type(c).__module__.startswith("ray.train")), None)
     if lost is not None or isinstance(error, RayError):
         line = str(lost or error).strip().splitlines()[0]

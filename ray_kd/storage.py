@@ -103,9 +103,10 @@ def store_errors() -> Iterator[None]:
 
 def is_full(error: BaseException) -> bool:
     """Whether there was no space, or no quota, left for a file."""
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and error.errno is not None:
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return f"os error {errno.ENOSPC}" in str(error)  # safetensors has an exception of its own
+    # safetensors and pyarrow have exceptions of their own, and Ray those of other processes.
+    return any(words in str(error).lower() for words in (f"os error {errno.ENOSPC})", f"[errno {errno.ENOSPC}]"))
 
 
 def is_store_error(error: BaseException) -> bool:

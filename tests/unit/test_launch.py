@@ -8,7 +8,7 @@ import time
 import pytest
 
 from ray_kd import launch
-from ray_kd.errors import ConfigError, DataError, RetryableError
+from ray_kd.errors import ConfigError, DataError, RetryableError, StorageFull
 from ray_kd.locks import Lost
 
 
@@ -110,6 +110,17 @@ def test_a_lost_worker_is_retryable_and_a_bug_is_not():
         run(lost)
     with pytest.raises(RuntimeError, match="KeyError: 'oops'"):
         run(bug)
+
+
+def test_a_disk_that_is_full_for_rays_own_files_is_a_full_disk():
+    from ray.train import ControllerError
+
+    def full():
+        line = "[Errno 28] Error writing bytes to file. Detail: [errno 28] No space left on device"
+        raise ControllerError(OSError(line))
+
+    with pytest.raises(StorageFull, match="no space left on device for run.dir"):
+        run(full)
 
 
 def test_progress_is_polled():
