@@ -119,7 +119,7 @@ def test_a_disk_that_is_full_for_rays_own_files_is_a_full_disk():
         line = "[Errno 28] Error writing bytes to file. Detail: [errno 28] No space left on device"
         raise ControllerError(OSError(line))
 
-    with pytest.raises(StorageFull, match="no space left on device for run.dir"):
+    with pytest.raises(StorageFull, match="no space left on device for the run folder"):
         run(full)
 
 
