@@ -8,10 +8,10 @@ export RAY_USAGE_STATS_ENABLED := 0
 
 help:
 	@echo "make quickstart      set up, then distil SmolLM2-135M into 15 of its layers (about 10 minutes)"
-	@echo "make test            set up, then lint and every test but those of the targets below"
+	@echo "make test            set up, then lint and every test but those of the four targets below test-unit"
 	@echo "make setup           make .venv with everything in it; the others do it too"
-	@echo "make test-unit       the tests that need no Ray (four minutes)"
-	@echo "make test-extended   more jobs on a local Ray (10 minutes)"
+	@echo "make test-unit       the tests that need no Ray (about 5 minutes)"
+	@echo "make test-extended   more jobs on a local Ray (10 to 15 minutes)"
 	@echo "make test-vllm       the tests of the vLLM engine, in .venv-vllm, an environment of its own (CPU)"
 	@echo "make test-matrix     resume from every ZeRO stage, number of ranks and dtype on every other (10 minutes)"
 	@echo "make chaos           faults strike runs on a local cluster (ROUNDS=3: three times); prints what each cost"

@@ -213,11 +213,15 @@ def connecting(config: RunConfig, *, trains: bool = True) -> Iterator[Callable[[
         # Ray has its processes killed when the thread that started them ends.
         ended.wait()
 
+    def has_begun() -> bool:
+        return bool(futures.wait([begun], timeout=_START_S).done)
+
     def wait() -> None:
-        try:
-            begun.result(timeout=_START_S)
-        except futures.TimeoutError:
-            raise RetryableError(f"Ray did not start within {_START_S} s: look at its logs in /tmp/ray") from None
+        if not has_begun():
+            raise RetryableError(
+                f"Ray was not there within {_START_S:.0f} s: look at session_latest/logs in its temporary folder"
+            )
+        begun.result()
         _quiet_console()
         if where is not None and trains:
             _wait_for_layout(Layout.of(config), config.cluster.wait_s)
@@ -227,7 +231,7 @@ def connecting(config: RunConfig, *, trains: bool = True) -> Iterator[Callable[[
     try:
         yield wait
     finally:
-        if futures.wait([begun], timeout=_START_S).done:
+        if has_begun():
             ray.shutdown()
             ended.set()
             thread.join()

@@ -60,10 +60,8 @@ def export(
     # In a store a folder counts once its last file is there.
     if (out_dir / "config.json" if storage.is_remote(out_dir) else out_dir).exists():
         raise ConfigError(f"'{out_dir}' exists already: name a new folder")
-    try:
+    with storage.refused_if_unwritable(out_dir):
         storage.make_folder(out_dir.parent)
-    except OSError as error:
-        raise ConfigError(f"'{out_dir}' cannot be written: {error.strerror or error}") from error
     run_dir = run_folder.run_dir(config)
     folder = checkpoint.local_copy(_checkpoint(run_dir, step), of_writer=of_writer)
     document = checkpoint.read_state(folder)

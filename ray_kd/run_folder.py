@@ -71,17 +71,11 @@ def run_dir(config: RunConfig) -> Path:
 
 def create(folder: Path) -> None:
     """Make the folder and prove it can be written. Raises ConfigError when it cannot."""
-    try:
+    with storage.refused_if_unwritable(folder, "run.dir"):
         storage.make_folder(folder)
         probe = folder / f".probe-{os.getpid()}"
         probe.write_text("")
         probe.unlink()
-    except OSError as error:
-        if storage.is_full(error):
-            raise  # which may change
-        if storage.is_remote(folder) and not isinstance(error, PermissionError | FileNotFoundError):
-            raise  # neither the bucket's name nor its rights: the store failed
-        raise ConfigError(f"run.dir '{folder}' cannot be written: {error.strerror or error}") from error
 
 
 def is_draft(name: str) -> bool:
@@ -125,7 +119,7 @@ def engine_identity(config: RunConfig, with_address: bool = False) -> dict[str, 
 
 def check_identity(folder: Path, config: RunConfig) -> None:
     """Raise ConfigError naming the settings in which the run in this folder differs from the config."""
-    known = _read(folder / IDENTITY, {"settings", "content"})
+    known = _recorded(folder)
     if known is None:
         return
     wanted = identity(config)
@@ -141,7 +135,7 @@ def check_identity(folder: Path, config: RunConfig) -> None:
 
 def has_moved(folder: Path, config: RunConfig) -> bool:
     """Whether the config names data or models by other paths than the run in this folder: `check_content` decides."""
-    known, wanted = _read(folder / IDENTITY, {"settings", "content"}), identity(config)
+    known, wanted = _recorded(folder), identity(config)
     return known is not None and any(known["settings"].get(key) != wanted[key] for key in _CONTENT_KEYS)
 
 
@@ -150,7 +144,7 @@ def check_content(folder: Path, content: Mapping[str, str]) -> None:
 
     content: what ("prepared data", "teacher weights", ...) -> fingerprint.
     """
-    known = _read(folder / IDENTITY, {"settings", "content"})
+    known = _recorded(folder)
     if known is None:
         return
     for name, fingerprint in content.items():
@@ -170,7 +164,7 @@ def record(folder: Path, config: RunConfig, content: Mapping[str, str]) -> None:
 
 def content_of(folder: Path) -> dict[str, str]:
     """The fingerprints `record` wrote. Raises ConfigError when the run never came that far."""
-    known = _read(folder / IDENTITY, {"settings", "content"})
+    known = _recorded(folder)
     if known is None:
         raise ConfigError(f"'{folder}' holds no run: it has no {IDENTITY}")
     return known["content"]
@@ -196,6 +190,11 @@ def finished_summary(folder: Path) -> dict[str, Any] | None:
 def write_json(path: Path, document: Mapping[str, Any]) -> None:
     """Write whole or not at all."""
     storage.write_text(path, json.dumps(document, indent=1, allow_nan=False) + "\n")
+
+
+def _recorded(folder: Path) -> dict[str, Any] | None:
+    """What `record` wrote on the first start."""
+    return _read(folder / IDENTITY, {"settings", "content"})
 
 
 def _read(path: Path, needed: set[str]) -> dict[str, Any] | None:

@@ -109,6 +109,21 @@ def is_full(error: BaseException) -> bool:
     return any(words in str(error).lower() for words in (f"os error {errno.ENOSPC})", f"[errno {errno.ENOSPC}]"))
 
 
+@contextmanager
+def refused_if_unwritable(where: Path, key: str = "") -> Iterator[None]:
+    """An OSError inside becomes the ConfigError that `where`, the value of `key`, cannot be written.
+
+    Not for want of space, which may change, nor when a store failed, unless it was the bucket's name or its rights.
+    """
+    try:
+        yield
+    except OSError as error:
+        is_of_the_name = not is_remote(where) or isinstance(error, PermissionError | FileNotFoundError)
+        if is_full(error) or not is_of_the_name:
+            raise
+        raise ConfigError(f"{key} '{where}' cannot be written: {error.strerror or error}".lstrip()) from error
+
+
 def is_store_error(error: BaseException) -> bool:
     """Whether an exception came through a store's client: clients share no class, but they are in the traceback."""
     frames = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
@@ -224,8 +239,10 @@ def append_text(target: Path, text: str) -> None:
         return
     with target.open("a+b") as file:
         file.seek(0)
-        whole = file.read().rfind(b"\n") + 1
-        file.truncate(whole)
+        content = file.read()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):  # never else: another process may have added a line since
+            file.truncate(whole)
         file.write(text.encode())
 
 

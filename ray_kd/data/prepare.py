@@ -224,12 +224,8 @@ def _warn(manifest: Manifest) -> None:
 
 
 def _join(parts: Iterable[Path], whole: Path) -> None:
-    try:
+    with storage.refused_if_unwritable(whole):
         storage.make_folder(whole.parent)
         with whole.open("wb") as file:
             for part in parts:
                 file.write(part.read_bytes())
-    except OSError as error:
-        if storage.is_full(error):
-            raise  # which may change
-        raise ConfigError(f"'{whole}' cannot be written: {error.strerror or error}") from error

@@ -35,13 +35,9 @@ def staging(parent: Path) -> Iterator[Path]:
         return
     folder = parent / f"{_PREFIX}{uuid.uuid4().hex[:12]}"
     lock_path = folder.with_suffix(".lock")
-    try:
+    with storage.refused_if_unwritable(parent, "data.prepared_dir"):
         parent.mkdir(parents=True, exist_ok=True)
         lock = _locked(lock_path)
-    except OSError as error:
-        if storage.is_full(error):
-            raise  # which may change
-        raise ConfigError(f"data.prepared_dir '{parent}' cannot be written: {error.strerror}") from error
     with lock:
         folder.mkdir()
         try:

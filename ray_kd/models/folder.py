@@ -20,6 +20,7 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
+    StrictDataclassError,
 )
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedConfig
@@ -200,7 +201,8 @@ def _found(names: list[str]) -> str:
 def _read_config(path_or_id: str, revision: str | None, what: str) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(local_folder(path_or_id), revision=revision, trust_remote_code=False)
-    except Exception as error:  # transformers and its validators raise many unrelated classes for a bad config.json
+    # What transformers, and the validators under it, raise for bad JSON; an error of ours is of the copy of a URI.
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
         raise ConfigError(f"{what}.model '{path_or_id}': config.json cannot be used: {_line(error)}") from error
 
 

@@ -16,7 +16,7 @@ import shutil
 import uuid
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -56,12 +56,20 @@ def _carry_over(earlier: Path, folder: Path) -> None:
     """Of each slot the deaths noted but one: that may be the end of the stream."""
     counts: dict[str, Counter[int]] = defaultdict(Counter)
     for path in storage.children(earlier):
-        with suppress(ValueError):  # empty: nothing was asked for; cut: a full disk
-            teacher, slots = json.loads(storage.read_text(path))
-            counts[teacher].update(slots)
+        teacher, slots = _parsed(storage.read_text(path))
+        counts[teacher].update(slots)
     for teacher, deaths in counts.items():
         repeated = [slot for slot, count in deaths.items() for _ in range(count - 1)]
         (folder / uuid.uuid4().hex).write_text(json.dumps([teacher, repeated]))
+
+
+def _parsed(text: str) -> tuple[str, list[int]]:
+    """Teacher and numbers of a note; no numbers of one that is empty or was not written whole: a full disk cuts it."""
+    try:
+        teacher, numbers = json.loads(text)
+    except ValueError:
+        return "", []
+    return teacher, numbers
 
 
 class Deaths:
@@ -111,9 +119,6 @@ class Deaths:
             self._note.write_text("")
 
     def _own(self, text: str) -> list[int]:
-        """The numbers in a note, if it is of this teacher's actors and was written whole: a full disk cuts it."""
-        try:
-            name, numbers = json.loads(text)
-        except ValueError:
-            return []
+        """The numbers in a note, if it is of this teacher's actors."""
+        name, numbers = _parsed(text)
         return numbers if name == self._teacher else []

@@ -351,6 +351,7 @@ def test_data_and_models_may_move(in_process, started, workplace, tmp_path):
 
 
 def test_a_cluster_that_is_not_there_is_named_at_once(refused):
+    refused("cluster.address=nonsense", says=["is 'nonsense': allowed is auto or host:port"])
     refused("cluster.address=127.0.0.1:9", says=["cannot reach the Ray cluster at cluster.address", "'127.0.0.1:9'"])
 
 

@@ -206,6 +206,7 @@ def damage(folder: Path, how: str) -> None:
         ('{"architectures": ["LlamaForSequenceClassification"]}', "not a decoder-only language model"),
         ('{"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}', "not a decoder-only language model"),
         ('{"model_type": "made_up"}', "config.json cannot be used"),
+        ('{"num_attention_heads": 9, "hidden_size": 512, "head_dim": null}', "config.json cannot be used"),
         ('{"quantization_config": {"quant_method": "gguf"}}', "is quantised and cannot be trained"),
     ],
 )

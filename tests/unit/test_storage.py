@@ -3,6 +3,7 @@
 import fcntl
 import os
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -332,6 +333,13 @@ def test_a_line_cut_short_does_not_take_the_next_one_with_it(tmp_path):
     for number in (2, 3):
         storage.append_text(path, f'{{"row": {number}}}\n')
     assert path.read_text().splitlines() == ['{"row": 1}', '{"row": 2}', '{"row": 3}']
+
+
+def test_of_several_who_add_lines_at_once_none_is_lost(tmp_path):
+    path = tmp_path / "refused.jsonl"
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda number: storage.append_text(path, f"{number}\n"), range(2000)))
+    assert sorted(map(int, path.read_text().split())) == list(range(2000))
 
 
 def test_a_file_that_could_not_be_written_leaves_nothing(tmp_path):

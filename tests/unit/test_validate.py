@@ -102,6 +102,7 @@ def test_several_teachers_pass_in_silence(load, workplace, warnings):
         ({"name": "a/b"}, [], r"teachers\[1\].name is 'a/b': allowed is letters"),
         ({"weight": 0}, [], r"teachers\[1\].weight is 0.0: allowed is a positive number"),
         ({"rows": ["code"]}, [], r"teachers\[1\].rows is \['code'\]: allowed is null until data.route_by"),
+        ({"rows": []}, [], r"teachers\[1\].rows is \[\]: allowed is a list of values, or null"),
         ({"dtype": "int8"}, [], "teachers: 'two': teacher.dtype is 'int8': allowed is auto"),
         ({"pool": {"min_actors": 3}}, [], "teachers: 'two': teacher.pool.max_actors is 1: allowed is"),
         ({"engine": {"kind": "none"}}, [], "unknown kind 'none'"),
@@ -209,6 +210,12 @@ def test_every_number_of_a_range_of_workers_has_a_whole_part_of_the_batch(load, 
 def test_how_often_to_look_for_room_is_for_a_range_of_workers(load, warnings):
     validate(load("train.resize_every_s=5"))
     assert warnings() == ["train.resize_every_s has no effect: train.num_workers is one number"]
+
+
+def test_tiles_of_no_token_are_refused(load):
+    for value in (0, -4):
+        with pytest.raises(ConfigError, match=rf"teacher\.engine\.chunk_size is {value}: allowed is 1 or more"):
+            validate(load(f"teacher.engine={{kind: hf, chunk_size: {value}}}"))
 
 
 @pytest.mark.parametrize("value", ["gpus", "cpu", "3", "{}", "{model: gpu}", "{model: -1}", "[0, 1]"])

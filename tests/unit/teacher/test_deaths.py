@@ -40,6 +40,7 @@ def test_a_row_is_asked_for_with_its_block_then_alone_then_not_at_all(tmp_path):
     # The next attempt remembers who was refused, in any epoch.
     later = Deaths(tmp_path, deaths.begin(tmp_path))
     assert later.error(slot=600, row_id=60) is not None
+    assert later.groups(slots, [0, 2, 3]) == [[0], [2], [3]], "deaths go along"
     assert later.groups(slots, []) == []
 
 
