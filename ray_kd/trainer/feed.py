@@ -32,6 +32,7 @@ class Expected:
     """The loss's, which log-probabilities must have been taken at."""
 
 
+_LOOK_S = 0.5  # between looks at whether to stop, while no rows come
 _QUEUED_MICRO_BATCHES = 4  # decoded ahead of the step; more would add to the run-ahead, and hide nothing
 
 
@@ -56,26 +57,41 @@ class Feed:
         self._thread = threading.Thread(target=self._pump, name="feed", daemon=True)
         self._thread.start()
 
-    def next_step(self) -> tuple[list["MicroBatch"], float]:
-        """The micro-batches of the next optimiser step and the seconds waited for them."""
+    def next_step(self, should_stop: Callable[[], bool]) -> tuple[list["MicroBatch"], float]:
+        """The micro-batches of the next optimiser step and the seconds waited for them.
+
+        None at all once should_stop says so while they are waited for: a run that is asked to stop need not wait for
+        its teacher.
+        """
         start = time.perf_counter()
-        return [self._next() for _ in range(self._accumulation)], time.perf_counter() - start
+        micro_batches: list[MicroBatch] = []
+        while len(micro_batches) < self._accumulation:
+            micro_batch = self._next(should_stop)
+            if micro_batch is None:
+                return [], time.perf_counter() - start
+            micro_batches.append(micro_batch)
+        return micro_batches, time.perf_counter() - start
 
     def close(self) -> None:
         """Let the thread go; rows already pulled are dropped (their slots are not committed)."""
         self._stopped.set()
 
-    def _next(self) -> "MicroBatch":
-        try:
-            item = self._queue.get(timeout=self._timeout_s)
-        except queue.Empty:
-            raise RetryableError(
-                f"no rows from the teacher stage for {self._timeout_s:.0f} s (train.timeout_s): "
-                "look at the teacher pool in the Ray dashboard or its logs"
-            ) from None
-        if isinstance(item, BaseException):
-            raise item
-        return item
+    def _next(self, should_stop: Callable[[], bool]) -> "MicroBatch | None":
+        deadline = time.monotonic() + self._timeout_s
+        while (left_s := deadline - time.monotonic()) > 0:
+            try:
+                item = self._queue.get(timeout=min(left_s, _LOOK_S))
+            except queue.Empty:
+                if should_stop():
+                    return None
+                continue
+            if isinstance(item, BaseException):
+                raise item
+            return item
+        raise RetryableError(
+            f"no rows from the teacher stage for {self._timeout_s:.0f} s (train.timeout_s): "
+            "look at the teacher pool in the Ray dashboard or its logs"
+        )
 
     def _pump(self) -> None:
         try:

@@ -111,19 +111,36 @@ def _train(spec: TrainSpec, feed: Feed, held: Held, rank: int, world: int) -> No
 
     saver = Saver(run_dir / CHECKPOINTS, engine, options, spec.config_yaml, held, saved_step=first_step - 1)
     notice = Notice()
+    metrics: dict[str, Any] = {}
     with _Recorder(run_dir, first_step, rank) as recorder:
+
+        def save(step: int, metrics: dict[str, Any]) -> None:
+            held.check()
+            recorder.publish()
+            finite = _finite(metrics)
+            state = {"ledger": ledger.state(), "student_path": spec.student_path, "metrics": finite}
+            saver.start(step, state, loss=finite["train/loss"])
+
+        def is_asked_to_stop() -> bool:
+            return any(flag.is_set() for flag in stop_flags)
+
         for step in range(first_step, spec.num_steps + 1):
             start = time.perf_counter()
-            micro_batches, wait_s = feed.next_step()
+            micro_batches, wait_s = feed.next_step(is_asked_to_stop)
             _check_slots(micro_batches, step, options.global_batch_size)
             rate = learning_rate(
                 step, peak=options.learning_rate, schedule=options.schedule,
                 warmup_steps=options.warmup_steps, num_steps=spec.num_steps,
             )  # fmt: skip
             zero.set_learning_rate(engine, rate)
-            stop = any(flag.is_set() for flag in stop_flags)
-            flags = Flags(stop=stop, is_written=saver.is_written, ask_for_notice=notice.is_due())
+            flags = Flags(is_asked_to_stop(), not micro_batches, saver.is_written, ask_for_notice=notice.is_due())
             result = train_step(engine, micro_batches, device, flags)
+            if result is None:
+                saver.commit()
+                if saver.saved_step < step - 1:
+                    save(step - 1, metrics)
+                    saver.commit()
+                break
             _check_all_slots(result.slots, step, options.global_batch_size)
             if result.has_refused:
                 _quarantine_refused(run_dir, micro_batches, rank)
@@ -147,11 +164,7 @@ def _train(spec: TrainSpec, feed: Feed, held: Held, rank: int, world: int) -> No
                 saver.commit()
                 raise _too_many_bad(ledger.bad_in_a_row, options.max_bad_steps, result, saver.saved_step)
             if is_last or is_noticed or _is_due(step, options.checkpoint_every, spec.num_steps):
-                held.check()
-                recorder.publish()
-                finite = _finite(metrics)
-                state = {"ledger": ledger.state(), "student_path": spec.student_path, "metrics": finite}
-                saver.start(step, state, loss=finite["train/loss"])
+                save(step, metrics)
             if is_last or is_noticed:
                 saver.commit()
             if is_last:

@@ -103,6 +103,8 @@ class Flags:
 
     stop: int
     """Asked to stop."""
+    has_no_rows: int
+    """Asked to stop while it waited for the rows of this step, and did not get them."""
     is_written: int
     """Its files of the started checkpoint are written."""
     ask_for_notice: int
@@ -111,8 +113,11 @@ class Flags:
 
 def train_step(
     engine: Any, micro_batches: Sequence["MicroBatch"], device: torch.device, flags: Flags
-) -> StepResult:  # fmt: skip
-    """Train one global batch. A collective: every rank calls it with the same number of micro-batches."""
+) -> StepResult | None:  # fmt: skip
+    """Train one global batch. A collective: every rank calls it with the same number of micro-batches.
+
+    None, and nothing is done, where a rank has none (`Flags.has_no_rows`): the others cannot step without it.
+    """
     valid, tokens, nbytes, busy_s, *counts = all_reduce(
         [
             sum(len(m.labels) for m in micro_batches),
@@ -123,6 +128,9 @@ def train_step(
         ],
         device,
     )
+    total_flags = Flags(*map(int, counts))
+    if total_flags.has_no_rows:
+        return None
     num_valid_tokens = max(1, int(valid))
 
     sums = dict.fromkeys(METRICS, 0.0)
@@ -146,7 +154,7 @@ def train_step(
         num_tokens=int(tokens),
         payload_nbytes=int(nbytes),
         teacher_busy_s=busy_s,
-        flags=Flags(*map(int, counts)),
+        flags=total_flags,
         slots=slots,
         row_ids=row_ids,
         is_trained=is_trained,

@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -114,6 +115,23 @@ def sigterm(run: Run) -> None:
     run.process.terminate()
 
 
+def sigterm_while_teachers_are_silent(run: Run) -> None:
+    """The student has trained on all that was answered, and waits."""
+    run.wait_for_step(4)
+    teachers = [run.teacher(place) for place in range(2)]
+    for teacher in teachers:
+        teacher.suspend()
+    metrics = run.folder / "metrics.jsonl"
+    seen = b""
+    while seen != (seen := metrics.read_bytes()):
+        time.sleep(4)
+    run.process.terminate()
+    run.process.wait(timeout=60)
+    for teacher in teachers:
+        with suppress(psutil.NoSuchProcess):
+            teacher.resume()
+
+
 def student_node_is_drained(run: Run) -> None:
     """Its last seconds are announced; there is no checkpoint but what is saved in them."""
     run.wait_for_step(4)
@@ -139,6 +157,7 @@ CASES = [
     Case("the driver is killed after the last step", driver_dies_after_the_last_step, (KILLED, 0)),
     Case("the driver is killed in eval", driver_dies_in_eval, (KILLED, 0), engine={"construct_s": 3.0}),
     Case("SIGTERM", sigterm, (75, 0)),
+    Case("SIGTERM while no teacher answers", sigterm_while_teachers_are_silent, (75, 0)),
     Case("the student's node is drained", student_node_is_drained, engine={"delay_s": 1.0},
          settings=("train.checkpoint_every=0",)),
     Case("a slow teacher", nothing, engine={"delay_s": 0.8}),

@@ -23,6 +23,10 @@ def blocks(*sizes):
         start += size
 
 
+def never():
+    return False
+
+
 def make(source, accumulation=2, timeout_s=5.0):
     return feed.Feed(
         source,
@@ -35,7 +39,7 @@ def make(source, accumulation=2, timeout_s=5.0):
 
 def test_micro_batches_come_in_order_and_in_steps():
     fed = make(lambda: blocks(4, 4, 4))
-    assert [fed.next_step()[0] for _ in range(3)] == [[[0, 1], [2, 3]], [[4, 5], [6, 7]], [[8, 9], [10, 11]]]
+    assert [fed.next_step(never)[0] for _ in range(3)] == [[[0, 1], [2, 3]], [[4, 5], [6, 7]], [[8, 9], [10, 11]]]
     fed.close()
 
 
@@ -44,7 +48,7 @@ def test_the_wait_is_measured():
         time.sleep(0.3)
         yield from blocks(4)
 
-    assert 0.2 < make(slow).next_step()[1] < 3.0
+    assert 0.2 < make(slow).next_step(never)[1] < 3.0
 
 
 def test_a_stream_that_stops_moving_is_an_error_after_the_deadline():
@@ -55,7 +59,20 @@ def test_a_stream_that_stops_moving_is_an_error_after_the_deadline():
         block.wait(10)
 
     with pytest.raises(RetryableError, match=r"no rows from the teacher stage for 0 s.*train\.timeout_s"):
-        make(stuck, timeout_s=0.2).next_step()
+        make(stuck, timeout_s=0.2).next_step(never)
+    block.set()
+
+
+def test_a_run_that_is_asked_to_stop_does_not_wait_for_rows():
+    block = threading.Event()
+
+    def stuck():
+        yield from blocks(6)
+        block.wait(10)
+
+    fed = make(stuck, timeout_s=60)
+    assert fed.next_step(lambda: True)[0] == [[0, 1], [2, 3]], "rows that are there are trained"
+    assert fed.next_step(lambda: True)[0] == [], "half a step is none"
     block.set()
 
 
@@ -65,12 +82,12 @@ def test_an_error_in_the_stream_reaches_the_training_thread():
         raise OSError("disk gone")
 
     with pytest.raises(OSError, match="disk gone"):
-        make(broken).next_step()
+        make(broken).next_step(never)
 
 
 def test_a_stream_that_ends_early_is_an_error():
     with pytest.raises(RuntimeError, match="ended before"):
-        make(lambda: blocks(2)).next_step()
+        make(lambda: blocks(2)).next_step(never)
 
 
 def test_close_lets_the_thread_go():

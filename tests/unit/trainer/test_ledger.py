@@ -13,7 +13,7 @@ def step(slots, row_ids, is_trained=None, is_applied=True, is_bad=False):
     return StepResult(
         metrics={}, grad_norm=0.0, is_applied=is_applied, is_bad=is_bad,
         num_valid_tokens=3, num_tokens=5, payload_nbytes=7,
-        teacher_busy_s=0.0, flags=Flags(0, 0, 0), slots=np.array(slots), row_ids=row_ids,
+        teacher_busy_s=0.0, flags=Flags(0, 0, 0, 0), slots=np.array(slots), row_ids=row_ids,
         is_trained=row_ids >= 0 if is_trained is None else np.array(is_trained),
     )  # fmt: skip
 
