@@ -242,7 +242,7 @@ def _begin(config: RunConfig, where: str | None) -> None:
 
     try:
         if where is None:
-            ray.init(
+            context = ray.init(
                 address="local",
                 num_cpus=-int(-Demand.of(config).num_cpus // 1),
                 include_dashboard=bool(config.cluster.dashboard),
@@ -250,9 +250,11 @@ def _begin(config: RunConfig, where: str | None) -> None:
                 logging_level=logging.ERROR,
             )
         else:
-            ray.init(address=where, log_to_driver=False, logging_level=logging.ERROR)
+            context = ray.init(address=where, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError) as error:
         raise ConfigError(f"cannot join the Ray cluster '{where}': {str(error).splitlines()[0]}") from error
+    if context.dashboard_url:
+        logger.info("Ray dashboard: http://%s", context.dashboard_url)
 
 
 def _quiet_console() -> None:
