@@ -99,8 +99,8 @@ class TeacherModel:
 @dataclass
 class Teacher(TeacherModel):
     payload: str = "topk_logprobs"
-    """What it sends: topk_logprobs | hidden_states (2 bytes x width a token; exact over the whole vocabulary) | features
-    (topk_logprobs, and what the terms hidden_state and attention of the loss compare)."""
+    """What it sends: topk_logprobs | hidden_states (2 bytes x width a token; exact over the whole vocabulary) |
+    features (topk_logprobs, and the layers that the terms hidden_state and attention of the loss compare)."""
     top_k: int = 64
     """Log-probabilities kept per target token, the most likely first; vocabulary size = everything."""
     selection: str = "topk"

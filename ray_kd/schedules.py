@@ -61,9 +61,7 @@ def parse(value: Any, key: str) -> Schedule:
     missing entry, a number that is not finite, and entries that have no part in a constant.
     """
     if not isinstance(value, Mapping):
-        return Schedule(
-            "constant", _number(value, key, "a number or {schedule: ..., start: ..., end: ..., steps: ...}")
-        )
+        return Schedule("constant", _number(value, key, "a number, or {schedule, start, end, steps, from_step}"))
     shape = value.get("schedule")
     if shape not in SHAPES:
         raise ConfigError(f"{key}.schedule is {shape!r}: allowed is {' | '.join(SHAPES)}")

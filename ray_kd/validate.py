@@ -41,8 +41,8 @@ _CHOICES = {
 }
 _AT_LEAST = {
     "data.sequence_length": 2, "teacher.top_k": 1, "teacher.batch_size": 1, "teacher.batch_tokens": 1,
-    "teacher.run_ahead_rows": 1, "teacher.max_bytes_per_token": 1, "teacher.threads": 1, "teacher.pool.min_actors": 1, "teacher.pool.max_actors": 1,
-    "teacher.pool.num_gpus": 0, "teacher.cache.file_rows": 1, "loss.chunk_size": 1,
+    "teacher.run_ahead_rows": 1, "teacher.threads": 1, "teacher.pool.min_actors": 1, "teacher.pool.max_actors": 1,
+    "teacher.pool.num_gpus": 0, "teacher.cache.file_rows": 1, "loss.chunk_size": 1, "teacher.max_bytes_per_token": 1,
     "train.gpus_per_worker": 0, "train.micro_batch_size": 1, "train.global_batch_size": 1, "train.epochs": 1,
     "train.max_steps": 1, "train.warmup_steps": 0, "train.weight_decay": 0, "train.max_grad_norm": 0,
     "train.checkpoint_every": 0, "train.keep_checkpoints": 1, "train.eval_every": 0, "train.log_every": 1,

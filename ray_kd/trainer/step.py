@@ -121,7 +121,7 @@ class DistillModule(nn.Module):
         for name, term in self.features.items():
             chosen = [hidden[layer] for layer in term.hidden_layers]
             chosen += [attentions[layer] for layer in term.attention_layers]
-            projectors: Any = self.projectors[name] if name in self.projectors else None
+            projectors: Any = self.projectors[name] if term.projectors is not None else None
             yield name, term(chosen, batch, projectors) / max(1, scale.counts[name])
 
 

@@ -300,8 +300,6 @@ def test_longer_rows_than_positions_are_warned_about(load, warnings):
         ("student.liger", "always", "never"),
         ("loss.chunk_size", "0", "1"),
         ("loss.temperature", "0", "0.5"),
-        ("loss.terms.0.weight", "-1", "0.5"),
-        ("loss.terms.0.weight", ".inf", "0.5"),
         ("teacher.max_bytes_per_token", "0", "4096"),
         ("train.num_workers", "0", "2"),
         ("train.num_workers", "[0,2]", "[1,2]"),
