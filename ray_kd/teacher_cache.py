@@ -186,7 +186,7 @@ class _Filler:
 
     def __init__(self, spec: EngineSpec, cache: Cache, prepared: PreparedData, part: Part | None) -> None:
         self._cache, self._prepared, self._own = cache, prepared, rows_of(part, prepared)
-        self._engine: Engine = spec.build()
+        self._engine: Engine = spec.build(cache.contents.request)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         (start,), (stop,) = batch["start"], batch["stop"]
