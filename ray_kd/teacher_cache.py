@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ray_kd import cluster, launch, run_folder, schema, storage
+from ray_kd import cluster, launch, objectives, run_folder, schema, storage
 from ray_kd.config import RunConfig
 from ray_kd.data.order import DUMMY_ROW, SlotOrder
 from ray_kd.data.prepared import PreparedData
@@ -34,9 +34,10 @@ def asked_of_teacher(config: RunConfig) -> Request:
     return Request(
         kind=config.teacher.payload,
         top_k=config.teacher.top_k,
-        temperature=config.loss.temperature,
+        temperature=objectives.payload_temperature(config),
         selection=config.teacher.selection,
         seed=config.run.seed,
+        features=objectives.asked_features(config),
     )
 
 
