@@ -50,6 +50,8 @@ class TrainSpec:
     config_yaml: str
     """The resolved config, secrets masked: it goes along with every checkpoint."""
     student_path: str
+    student_identity: str | None
+    """Of the model that frozen parts come from (`models.model_identity`); None when everything trains."""
     student: Student
     train: Train
     loss_options: dict[str, Any]  # keyword arguments of fused_linear_kd_loss, or of its dense sister
@@ -150,7 +152,8 @@ def _train(spec: TrainSpec, feed: Feed, held: Held, rank: int, world: int) -> No
                 held.check()
                 recorder.publish()
                 finite = _finite(metrics)
-                state = {"ledger": ledger.state(), "student_path": spec.student_path, "metrics": finite}
+                base = {"student_path": spec.student_path, "student_identity": spec.student_identity}
+                state = {"ledger": ledger.state(), "metrics": finite} | base
                 saver.start(step, state, loss=finite["train/loss"])
             if is_last or is_noticed:
                 saver.commit()
@@ -186,11 +189,13 @@ def _build_engine(spec: TrainSpec, rank: int, world: int) -> tuple[Any, "torch.d
     options = spec.train
     device = ray.train.torch.get_device() if options.gpus_per_worker > 0 else torch.device("cpu")
     torch.manual_seed(spec.seed + rank)  # dropout differs between ranks
-    student = models.load_causal_lm(spec.student_path, revision=spec.student.revision, dtype="float32")
-    models.check_architecture(student)
+    base = models.load_causal_lm(spec.student_path, revision=spec.student.revision, dtype="float32")
+    models.check_architecture(base)
+    student = models.choose_trainable(base, spec.student.lora, spec.student.freeze, seed=spec.seed)
     student.train()
+    # After the adapters: peft would make the embeddings' output want a gradient, which only reentrant ones need.
     if spec.student.gradient_checkpointing:
-        student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if spec.student.liger == "auto" and device.type == "cuda":
         models.apply_liger(student)
     teacher_head = None if spec.teacher_head is None else models.load_head(spec.teacher_head, device)
@@ -228,6 +233,11 @@ def _restore(spec: TrainSpec, engine: Any, rank: int) -> tuple["Ledger", int]:
         return Ledger(spec.num_rows, spec.num_planned_rows), 1
     folder = checkpoint.local_copy(newest[0], of_writer=True)
     document = checkpoint.read_state(folder)
+    if (identity := document["state"].get("student_identity")) != spec.student_identity:
+        raise ConfigError(
+            f"'{spec.student_path}' is not the model that the checkpoint's student was trained on "
+            f"({spec.student_identity}, then {identity}): put that model back there, or name another run.dir"
+        )
     load_fragments(engine, engine.module, folder)
     load_rng(folder, rank)
     ledger = Ledger.from_state(spec.num_rows, spec.num_planned_rows, document["state"]["ledger"])
