@@ -2,8 +2,8 @@
 
 LoRA (https://arxiv.org/abs/2106.09685) replaces W x by W x + (alpha / r) B A x, with A [r, in] random and B [out, r]
 zero; DoRA (https://arxiv.org/abs/2402.09353) by m * (W x + (alpha / r) B A x) / |W + (alpha / r) B A|, the norm being
-that of each row [in], a constant to the gradient (section 4.3 there), and m [out] beginning as |W|. Either begins as the
-base itself, and can be merged into W.
+that of each row [in], which is a constant to the gradient (section 4.3), and m [out] beginning as |W|. Either begins as
+the base itself, and can be merged into W.
 Only what trains is in the optimizer and in checkpoints: the base model has the rest.
 
 Entries of `student.freeze`:
