@@ -14,7 +14,9 @@ from transformers import AutoModelForCausalLM
 pytestmark = pytest.mark.ray
 
 IDS = torch.arange(10, 26).view(2, 8)
-LORA = ("student.lora={r: 4, alpha: 8, dropout: 0.1}", "train.max_steps=8", "train.checkpoint_every=2")
+LORA = (
+    "student.lora={r: 4, alpha: 8, dropout: 0.1}", "train.epochs=2", "train.max_steps=12", "train.checkpoint_every=2",
+)  # fmt: skip
 BITWISE = ("train/loss", "train/grad_norm", "data/row_ids_sha256")
 
 
@@ -64,7 +66,7 @@ def test_the_evaluate_job_agrees_with_the_adapters_in_training(whole, jobs):
 
 def test_the_export_job_writes_both_of_an_earlier_step(whole, jobs, tmp_path):
     out = tmp_path / "earlier"
-    job = jobs.run("export", str(whole.run_dir), str(out), "--step", "6")
+    job = jobs.run("export", str(whole.run_dir), str(out), "--step", "10")
     assert job.exit_code == 0, job.stderr
     adapter = load_file(out / "adapter" / "adapter_model.safetensors")
     last = load_file(whole.run_dir / "final" / "adapter" / "adapter_model.safetensors")
@@ -75,7 +77,7 @@ def test_the_export_job_writes_both_of_an_earlier_step(whole, jobs, tmp_path):
 def test_killed_and_started_again_it_is_the_same_run(whole, jobs):
     """Dropout of the adapters included: bitwise, on the same topology."""
     process = jobs.start("lora-killed", *LORA)
-    jobs.wait_for_step("lora-killed", 5, process)
+    jobs.wait_for_step("lora-killed", 3, process)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     again = jobs.distill("lora-killed", *LORA)
