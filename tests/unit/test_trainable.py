@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config, Qwen3For
 from ray_kd import config, models, results
 from ray_kd.config import Lora
 from ray_kd.errors import ConfigError
+from ray_kd.trainer import loop
 from ray_kd.trainer.step import DistillModule
 from tests.fake_run import save, write_run
 from tests.reference.lora import adapted_weight
@@ -290,6 +292,18 @@ def test_a_base_that_is_another_model_now_is_refused(tmp_path):
         results.export(loaded, tmp_path / "out")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_going_on_from_another_base_is_refused(tmp_path):
+    """Before the state of the optimizer is touched."""
+    make_run(tmp_path, "student.lora.r=4")
+    spec = SimpleNamespace(run_dir=str(tmp_path / "run"), student_path="moved", student_identity="sha256:another")
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        with pytest.raises(ConfigError, match="'moved' is not the model that the checkpoint's student was trained on"):
+            loop._restore(spec, SimpleNamespace(module=None), rank=0)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_a_checkpoint_of_other_adapters_is_refused(paths):
