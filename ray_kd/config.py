@@ -132,6 +132,23 @@ class StudentInit:
     """How to choose when `layers` is a number: block_influence (1 - cos of a layer's input and output)."""
 
 
+ALL_LINEAR = "all-linear"
+
+
+@dataclass
+class Lora:
+    r: int = MISSING
+    """Rank of the adapters: the update of a weight [out, in] is (alpha / r) B A with A [r, in] and B [out, r]."""
+    alpha: float = 32.0
+    """Scales the update, by alpha / r."""
+    dropout: float = 0.0
+    """Probability that an adapter does not see an element of its input, in training."""
+    target_modules: Any = ALL_LINEAR
+    """Which linear layers get an adapter: all-linear (all but the head), or a list of names: [q_proj, v_proj]."""
+    use_dora: bool = False
+    """DoRA: the length of each row of a weight is trained apart from its direction, for more work a step."""
+
+
 @dataclass
 class Student:
     model: str | None = None
@@ -140,6 +157,10 @@ class Student:
     """Hub revision of the student."""
     init: StudentInit | None = None
     """Make the student from the teacher's layers: {layers: 15, select: block_influence}."""
+    lora: Lora | None = None
+    """Train low-rank adapters beside the student's weights, which stay as they are: {r: 16, alpha: 32}."""
+    freeze: list[str] = field(default_factory=list)
+    """What is not trained: embeddings, head, layers.3, layers.0-3, or patterns of parameters' names ('*.mlp.*')."""
     dtype: str = "float32"
     """Training type: float32 | bfloat16 | float16 (fp32 master weights in all of them)."""
     gradient_checkpointing: bool = False
@@ -325,6 +346,11 @@ def worker_range(train: Train) -> tuple[int, int]:
     number = train.num_workers
     least, most = number if isinstance(number, list) else (number, number)
     return least, most
+
+
+def has_frozen(student: Student) -> bool:
+    """Whether only a part of the student trains."""
+    return student.lora is not None or bool(student.freeze)
 
 
 def each_teacher(config: RunConfig) -> "list[tuple[OneOfTeachers | None, RunConfig]]":

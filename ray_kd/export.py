@@ -1,7 +1,8 @@
 """The trained student as a normal Hugging Face folder, written shard by shard as the parameters come in.
 
 In: (name, tensor) pairs, for example one gathered ZeRO parameter at a time. Out: safetensors with an index when there
-is more than one shard, config, generation config, tokenizer, README.md. Host memory: one shard.
+is more than one shard, config, generation config, tokenizer, README.md, and adapter/ where one was trained. Host
+memory: one shard.
 """
 
 import copy
@@ -9,17 +10,21 @@ import importlib.metadata
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 
-from ray_kd.models import atomic_folder, load_tokenizer, local_folder, quiet, torch_dtype
+from ray_kd.models import atomic_folder, load_tokenizer, local_folder, quiet, save_adapter, torch_dtype
 
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+ADAPTER = "adapter"
 MAX_SHARD_BYTES = 4_000_000_000
-_PACKAGES = ("ray_kd", "torch", "transformers", "deepspeed", "ray")
+_PACKAGES = ("ray_kd", "torch", "transformers", "peft", "deepspeed", "ray")
 
 
 def write_final(
@@ -31,12 +36,14 @@ def write_final(
     revision: str | None = None,
     dtype: str,
     card: str,
+    adapter: "tuple[LoraConfig, dict[str, Tensor]] | None" = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write the student so that AutoModelForCausalLM.from_pretrained(folder) gives these parameters in `dtype`.
 
     parameters: names as in the model's state_dict, each once; the duplicate of a tied weight is left out.
     tokenizer_path: model folder (or hub id) whose tokenizer and generation config go along.
+    adapter: of `models.adapter_state`; the parameters have it in them, and adapter/ has it alone, in its own dtype.
     The folder appears complete or not at all, and replaces an older one.
     Raises ValueError, and writes nothing, when names or shapes are not exactly those of the architecture.
     """
@@ -68,6 +75,8 @@ def write_final(
             config.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
             _generation_config(tokenizer_path, revision, config).save_pretrained(partial)
+        if adapter is not None:
+            save_adapter(*adapter, partial / ADAPTER)
         (partial / "README.md").write_text(card, encoding="utf-8")
 
 

@@ -32,7 +32,7 @@ from ray_kd import (
     teacher_cache,
 )
 from ray_kd import config as configuration
-from ray_kd.config import Pool, RunConfig
+from ray_kd.config import Pool, RunConfig, Student
 from ray_kd.data.order import SlotOrder
 from ray_kd.data.prepared import PreparedData
 from ray_kd.errors import EXIT_BUG, EXIT_DONE, RayKDError, RetryableError
@@ -265,6 +265,15 @@ def _student(config: RunConfig, run_dir: Path, prepared: PreparedData) -> str:
         layers = _on_teacher_pool(config, make, "the student's init")
         logger.info("student: the teacher's layers %s (%.1f s)", layers, time.perf_counter() - start)
     return str(folder)
+
+
+def _frozen_identity(student: Student, student_path: str) -> str | None:
+    """Of the model that has the frozen parts, which no checkpoint holds; None when everything trains."""
+    from ray_kd.models import local_folder, model_identity
+
+    if not configuration.has_frozen(student):
+        return None
+    return model_identity(local_folder(student_path), student.revision)
 
 
 def _on_teacher_pool(config: RunConfig, function: Callable[[], T], what: str) -> T:
@@ -530,6 +539,7 @@ def _fit(
         run_dir=str(run_dir),
         config_yaml=configuration.to_yaml(config),
         student_path=student_path,
+        student_identity=_frozen_identity(config.student, student_path),
         student=config.student,
         train=options,
         loss_options=loss_options(config, payload.expected.temperature),

@@ -5,11 +5,12 @@ Works from a run folder alone, without Ray: the jobs `export` and `evaluate` cal
 
 import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ray_kd import checkpoint, cluster, run_folder, storage, summary
-from ray_kd.config import RunConfig, each_teacher, to_yaml
+from ray_kd.config import RunConfig, Student, each_teacher, has_frozen, to_yaml
 from ray_kd.data.prepared import PreparedData
 from ray_kd.errors import ConfigError, DataError
 from ray_kd.heldout import HeldOut, evaluate_model
@@ -17,6 +18,10 @@ from ray_kd.teacher.mixture import parts_of
 from ray_kd.teacher.stage import EngineSpec
 from ray_kd.trainer import best
 from ray_kd.trainer.loop import CHECKPOINTS
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -48,8 +53,9 @@ def export(
 
     step: None for the newest verified checkpoint. dtype: None for the type it was trained in.
     out_dir: of `storage.path`. of_writer: as of `checkpoint.local_copy`.
-    Raises ConfigError when there is no such checkpoint or out_dir exists.
-    Host memory: one shard of 4 GB.
+    Raises ConfigError when there is no such checkpoint or out_dir exists, and for a student of which a part was frozen
+    when the model it began as is another one now.
+    Host memory: one shard of 4 GB; with frozen parts the model in float32 as well.
     """
     from transformers import AutoConfig
 
@@ -66,10 +72,13 @@ def export(
     folder = checkpoint.local_copy(_checkpoint(run_dir, step), of_writer=of_writer)
     document = checkpoint.read_state(folder)
     student_path = document["state"]["student_path"]
+    parameters, adapter = read_parameters(folder, prefix="student."), None
+    if has_frozen(config.student):
+        parameters, adapter = _with_frozen(config.student, document["state"], parameters)
     with storage.drafted_folder(out_dir, last="config.json") as draft:
         write_final(
             draft,
-            read_parameters(folder, prefix="student."),
+            parameters,
             config=AutoConfig.from_pretrained(
                 models.local_folder(student_path), revision=config.student.revision, trust_remote_code=False
             ),
@@ -77,8 +86,32 @@ def export(
             revision=config.student.revision,
             dtype=dtype or config.student.dtype,
             card=_card(config, run_dir, int(document["step"])),
+            adapter=adapter,
         )
     return int(document["step"])
+
+
+def _with_frozen(
+    student: Student, state: dict[str, Any], trained: "Iterator[tuple[str, Tensor]]"
+) -> "tuple[Iterator[tuple[str, Tensor]], tuple[LoraConfig, dict[str, Tensor]] | None]":
+    """All parameters of a student of which a checkpoint holds a part, adapters merged, and the adapters alone."""
+    from ray_kd import models
+
+    path = state["student_path"]
+    identity = models.model_identity(models.local_folder(path), student.revision)
+    if identity != state["student_identity"]:
+        raise ConfigError(
+            f"'{path}' is not the model that the student was trained on ({identity}, then "
+            f"{state['student_identity']}): its frozen parts are not in the checkpoint; put that model back there"
+        )
+    model = models.choose_trainable(
+        models.load_causal_lm(path, student.revision, "float32"), student.lora, student.freeze
+    )
+    models.load_trained(model, trained)
+    if student.lora is None:
+        return model.named_parameters(), None
+    adapter = models.adapter_state(model, path, student.revision)
+    return models.merge_adapters(model).named_parameters(), adapter
 
 
 def evaluate(config: RunConfig, *, model: str | None = None, max_rows: int | None = None) -> dict[str, float]:
@@ -191,9 +224,12 @@ def _card(config: RunConfig, run_dir: Path, step: int) -> str:
     weights = ["teacher weights", *(f"weights of teachers[{place}]" for place in range(1, len(teachers)))]
     return model_card(
         teachers={one.model: content[of] for one, of in zip(teachers, weights, strict=True)},
-        student_init=_init_in_words(init.layers, init.select)
-        if init
-        else f"{config.student.model} ({content['student weights']})",
+        student_init=(
+            _init_in_words(init.layers, init.select)
+            if init
+            else f"{config.student.model} ({content['student weights']})"
+        )
+        + _trained_in_words(config.student),
         data_identity=f"prepared data {content['prepared data']}",
         licences={
             "teacher": ", ".join(dict.fromkeys(models.licence_of(one.model, one.revision) for one in teachers)),
@@ -210,6 +246,13 @@ def _init_in_words(layers: Any, select: str) -> str:
         if isinstance(layers, list)
         else f"{layers} of the teacher's layers ({select})"
     )
+
+
+def _trained_in_words(student: Student) -> str:
+    if (lora := student.lora) is not None:
+        kind = "DoRA" if lora.use_dora else "LoRA"
+        return f"; trained: {kind} adapters of rank {lora.r}, merged here and alone in adapter/"
+    return f"; not trained: {', '.join(student.freeze)}" if student.freeze else ""
 
 
 def _one_line(text: str) -> str:

@@ -36,7 +36,7 @@ _IDENTITY_KEYS = (
     "teacher.model", "teacher.revision", "teacher.engine", "teacher.payload", "teacher.top_k", "teacher.selection",
     "teacher.dtype", "teacher.wire", "teachers",
     "eval.max_rows", "eval.kl",
-    "student.model", "student.revision", "student.init", "student.dtype",
+    "student.model", "student.revision", "student.init", "student.lora", "student.freeze", "student.dtype",
     "loss.divergence", "loss.tail", "loss.temperature", "loss.terms",
     "train.global_batch_size", "train.epochs", "train.max_steps", "train.learning_rate", "train.schedule",
     "train.warmup_steps", "train.weight_decay", "train.max_grad_norm",
@@ -56,7 +56,7 @@ _FREE_OPTIONS = {
 
 _IMPLIED = {
     "data.route_by": None, "teacher.payload": "topk_logprobs", "teacher.selection": "topk", "teacher.wire": "plain",
-    "teachers": None,
+    "teachers": None, "student.lora": None, "student.freeze": [],
 }  # fmt: skip
 """What runs did before these keys existed."""
 

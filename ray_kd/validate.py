@@ -14,7 +14,17 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ray_kd import cluster, objectives, plugins, schedules, storage
-from ray_kd.config import Loss, OneOfTeachers, RunConfig, Student, Teacher, Train, each_teacher
+from ray_kd.config import (
+    ALL_LINEAR,
+    Loss,
+    OneOfTeachers,
+    RunConfig,
+    Student,
+    Teacher,
+    Train,
+    each_teacher,
+    has_frozen,
+)
 from ray_kd.errors import ConfigError
 from ray_kd.payloads import FEATURES, HIDDEN_STATES, TOPK_LOGPROBS
 from ray_kd.payloads.topk_logprobs import MAX_DRAWS, WIRES
@@ -187,6 +197,7 @@ def _check_combinations(config: RunConfig) -> None:
     if (config.student.model is None) == (config.student.init is None):
         seen = "neither is" if config.student.model is None else "both are"
         raise ConfigError(f"student.model and student.init: {seen} set, allowed is exactly one (the other null)")
+    _check_lora(config.student)
     if config.student.dtype == "float16" and train.gpus_per_worker == 0:
         logger.warning("student.dtype=float16 on CPU is slow and exists for tests; float32 or bfloat16 is better")
 
@@ -209,6 +220,20 @@ def _check_combinations(config: RunConfig) -> None:
                 "allowed is forward_kl with drop, the only gradient that draws leave unbiased"
             )
         _require(config.teacher.top_k <= MAX_DRAWS, "teacher.top_k", config.teacher.top_k, f"1 to {MAX_DRAWS} draws")
+
+
+def _check_lora(student: Student) -> None:
+    if (lora := student.lora) is None:
+        return
+    _require(lora.r >= 1, "student.lora.r", lora.r, "1 or more")
+    _require(0 < lora.alpha < math.inf, "student.lora.alpha", lora.alpha, "a positive number")
+    _require(0 <= lora.dropout < 1, "student.lora.dropout", lora.dropout, "0 up to below 1")
+    targets = lora.target_modules
+    is_list = isinstance(targets, list) and bool(targets) and all(isinstance(name, str) for name in targets)
+    _require(targets == ALL_LINEAR or is_list, "student.lora.target_modules", targets,
+             f"{ALL_LINEAR}, or a list of linear layers' names, for example [q_proj, v_proj]")  # fmt: skip
+    _require(not student.freeze, "student.freeze", student.freeze,
+             "[] with student.lora, which freezes all but the adapters (target_modules places them)")  # fmt: skip
 
 
 def _check_workers(train: Train) -> None:
@@ -326,6 +351,8 @@ def _check_models(config: RunConfig) -> Models:
     elif config.student.init is not None:
         _check_init(config.student.init.layers, config.student.init.select, teacher.num_hidden_layers)
     objectives.check_models(config, teacher, student)
+    if has_frozen(config.student):
+        _check_trainable(config.student, student or teacher)
     models.require_plain_head(student or teacher)  # a student made of the teacher's layers has its head
     for (one, _), model in zip(each_teacher(config), found, strict=True):
         _check_length(config.data.sequence_length, "teacher" if one is None else f"teacher '{one.name}'", model)
@@ -428,6 +455,16 @@ def _check_init(layers: Any, select: str, total: int) -> None:
     is_count = isinstance(layers, int) and not isinstance(layers, bool) and 1 <= layers <= total
     _require(is_count, "student.init.layers", layers, f"1 to {total}, or a list of layer indices")
     _require(select == "block_influence", "student.init.select", select, "block_influence")
+
+
+def _check_trainable(student: Student, model: "PreTrainedConfig") -> None:
+    """model: the student's config, or that of the teacher whose layers it is made of."""
+    from ray_kd import models
+
+    if student.init is not None:
+        model = models.config_of_layers(model, student.init.layers)
+    trained, total = models.check_trainable(model, student.lora, student.freeze)
+    logger.info("student: %.3g million of %.4g million parameters train", trained / 1e6, total / 1e6)
 
 
 def _check_length(sequence_length: int, name: str, model: "PreTrainedConfig") -> None:

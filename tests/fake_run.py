@@ -51,12 +51,16 @@ def write_run(home: Path, *, last: int = ORDER.num_steps, kl: Mapping[int, float
     return folder
 
 
-def save(folder: Path, step: int, state: dict[str, object]) -> Path:
-    """A checkpoint of one rank whose student is the one it began with, its first vector being the step."""
+def save(folder: Path, step: int, state: dict[str, object], weights: Mapping[str, torch.Tensor] | None = None) -> Path:
+    """A checkpoint of one rank with these weights of the student's.
+
+    Default: the student is the one it began with, its first vector being the step.
+    """
     root = folder / "checkpoints"
     tmp = checkpoint.begin(root, step)
-    weights = load_file(Path(str(state["student_path"])) / "model.safetensors")
-    weights["model.norm.weight"] = torch.full_like(weights["model.norm.weight"], float(step))
+    if weights is None:
+        weights = load_file(Path(str(state["student_path"])) / "model.safetensors")
+        weights["model.norm.weight"] = torch.full_like(weights["model.norm.weight"], float(step))
     save_file(
         {f"student.{name}|{kind}|0": value.flatten().clone() for name, value in weights.items() for kind in KINDS},
         tmp / "rank00000.safetensors",

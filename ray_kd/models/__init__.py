@@ -6,6 +6,7 @@ decoder.py  the decoder without its head, and the head
 head_folder.py  the head kept apart from its model
 features.py what its layers compute: hidden states and attention maps
 layers.py   a student made of the teacher's layers
+trainable.py  low-rank adapters, frozen parts
 """
 
 from ray_kd.models.decoder import (
@@ -32,7 +33,7 @@ from ray_kd.models.folder import (
     model_identity,
 )
 from ray_kd.models.head_folder import HeadShape, head_shape, load_head, save_head
-from ray_kd.models.layers import block_influence, check_layers, choose_layers, init_from_layers
+from ray_kd.models.layers import block_influence, check_layers, choose_layers, config_of_layers, init_from_layers
 from ray_kd.models.load import (
     DTYPES,
     apply_liger,
@@ -42,11 +43,20 @@ from ray_kd.models.load import (
     quiet,
     torch_dtype,
 )
+from ray_kd.models.trainable import (
+    adapter_state,
+    check_trainable,
+    choose_trainable,
+    load_trained,
+    merge_adapters,
+    save_adapter,
+)
 
 __all__ = [
     "DTYPES",
     "DecoderOutputs",
     "HeadShape",
+    "adapter_state",
     "apply_liger",
     "atomic_folder",
     "attention_nbytes",
@@ -57,8 +67,11 @@ __all__ = [
     "check_attentions",
     "check_layers",
     "check_model",
+    "check_trainable",
     "choose_layers",
+    "choose_trainable",
     "compare_vocabularies",
+    "config_of_layers",
     "decoder_hidden",
     "decoder_of",
     "decoder_outputs",
@@ -70,10 +83,13 @@ __all__ = [
     "load_causal_lm",
     "load_head",
     "load_tokenizer",
+    "load_trained",
     "local_folder",
+    "merge_adapters",
     "model_identity",
     "quiet",
     "require_plain_head",
+    "save_adapter",
     "save_head",
     "torch_dtype",
 ]

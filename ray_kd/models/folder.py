@@ -153,8 +153,9 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
 def _readable(folder: Path) -> None:
     """Give files the permissions of the process's umask: safetensors writes 0600, unreadable on shared storage."""
     mode = 0o666 & (folder.stat().st_mode | 0o600)
-    for path in folder.iterdir():
-        path.chmod(mode)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
 
 
 def _check_files(folder: Path, what: str, needs_weights: bool) -> None:

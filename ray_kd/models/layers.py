@@ -128,6 +128,11 @@ def init_from_layers(
         tokenizer.save_pretrained(folder)
 
 
+def config_of_layers(config: PreTrainedConfig, layers: int | Sequence[int]) -> PreTrainedConfig:
+    """The config of a student made of these of the teacher's layers, or of a number of them not yet chosen."""
+    return _cut_config(config, list(range(layers)) if isinstance(layers, int) else list(layers))
+
+
 def _cut_config(config: PreTrainedConfig, chosen: list[int]) -> PreTrainedConfig:
     """A fresh config with the chosen layers; per-layer lists (layer_types, no_rope_layers, ...) are cut alike.
 

@@ -51,6 +51,8 @@ class TrainSpec:
     config_yaml: str
     """The resolved config, secrets masked: it goes along with every checkpoint."""
     student_path: str
+    student_identity: str | None
+    """Of the model that frozen parts come from (`models.model_identity`); None when everything trains."""
     student: Student
     train: Train
     loss_options: dict[str, Any]  # keyword arguments of fused_linear_kd_loss, or of its dense sister
@@ -125,7 +127,8 @@ def _train(spec: TrainSpec, feed: Feed, held: Held, rank: int, world: int) -> No
             held.check()
             recorder.publish()
             finite = _finite(metrics)
-            state = {"ledger": ledger.state(), "student_path": spec.student_path, "metrics": finite}
+            base = {"student_path": spec.student_path, "student_identity": spec.student_identity}
+            state = {"ledger": ledger.state(), "metrics": finite} | base
             saver.start(step, state, loss=finite["train/loss"])
 
         def is_asked_to_stop() -> bool:
@@ -206,16 +209,18 @@ def _build_engine(spec: TrainSpec, rank: int, world: int) -> tuple[Any, "torch.d
     torch.manual_seed(spec.seed + rank)  # dropout differs between ranks
     features = spec.make_features()
     looks_at_attention = any(term.attention_layers for term in features.values())
-    student = models.load_causal_lm(
+    base = models.load_causal_lm(
         spec.student_path, revision=spec.student.revision, dtype="float32",
         attn_implementation="eager" if looks_at_attention else None,
     )  # fmt: skip
-    models.check_architecture(student)
+    models.check_architecture(base)
     if looks_at_attention:
-        models.check_attentions(student)
+        models.check_attentions(base)
+    student = models.choose_trainable(base, spec.student.lora, spec.student.freeze, seed=spec.seed)
     student.train()
+    # After the adapters: peft would make the embeddings' output want a gradient, which only reentrant ones need.
     if spec.student.gradient_checkpointing:
-        student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if spec.student.liger == "auto" and device.type == "cuda":
         models.apply_liger(student)
     teacher_head = None if spec.teacher_head is None else models.load_head(spec.teacher_head, device)
@@ -255,6 +260,11 @@ def _restore(spec: TrainSpec, engine: Any, rank: int) -> tuple["Ledger", int]:
         return Ledger(spec.num_rows, spec.num_planned_rows), 1
     folder = checkpoint.local_copy(newest[0], of_writer=True)
     document = checkpoint.read_state(folder)
+    if (identity := document["state"].get("student_identity")) != spec.student_identity:
+        raise ConfigError(
+            f"'{spec.student_path}' is not the model that the checkpoint's student was trained on "
+            f"({spec.student_identity}, then {identity}): put that model back there, or name another run.dir"
+        )
     load_fragments(engine, engine.module, folder)
     load_rng(folder, rank)
     ledger = Ledger.from_state(spec.num_rows, spec.num_planned_rows, document["state"]["ledger"])

@@ -46,6 +46,7 @@ def workplace(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bad-input")
     teacher = tiny_llama(folder / "teacher", layers=4, seed=1)
     tiny_llama(folder / "student", layers=2, seed=2)
+    tiny_llama(folder / "untied", layers=1, tie=False)
     tiny_llama(folder / "small", layers=1, vocab=259 - 9)
     shutil.copytree(teacher, folder / "pickled")
     (folder / "pickled" / "model.safetensors").rename(folder / "pickled" / "pytorch_model.bin")
@@ -200,6 +201,37 @@ REFUSED = {
     "layers out of order": (
         ["student.model=null", "student.init.layers=[2,1]"], ["student.init.layers [2, 1]", "increasing order"],
     ),
+    "adapters of no rank": (["student.lora.r=0"], ["student.lora.r is 0", "1 or more"]),
+    "DoRA without LoRA": (["student.lora.use_dora=true"], ["student.lora.r is missing"]),
+    "adapters that scale to nothing": (["student.lora={{r: 8, alpha: 0}}"], ["student.lora.alpha is 0.0", "positive"]),
+    "adapters that drop all": (["student.lora={{r: 8, dropout: 1}}"], ["student.lora.dropout is 1.0", "below 1"]),
+    "adapters on a number": (["student.lora={{r: 8, target_modules: 3}}"], ["target_modules is 3", "all-linear"]),
+    "adapters on an empty list": (["student.lora={{r: 8, target_modules: []}}"], ["target_modules is []", "[q_proj"]),
+    "adapters on nothing": (
+        ["student.lora={{r: 8, target_modules: [q_proj, v_prj]}}"],
+        ["target_modules has 'v_prj', which matches nothing in LlamaForCausalLM", "did you mean 'v_proj'", "up_proj"],
+    ),
+    "adapters on the head": (["student.lora={{r: 8, target_modules: [lm_head]}}"], ["'lm_head', the head", "q_proj"]),
+    "adapters on no linear layer": (
+        ["student.lora={{r: 8, target_modules: [self_attn]}}"], ["'self_attn', a LlamaAttention", "q_proj"],
+    ),
+    "adapters on nothing of the teacher's layers": (
+        ["student.model=null", "student.init.layers=1", "student.lora={{r: 8, target_modules: [3.mlp.up_proj]}}"],
+        ["'3.mlp.up_proj', which matches nothing"],
+    ),
+    "adapters and frozen parts": (
+        ["student.lora.r=8", "student.freeze=[head]"], ["student.freeze is ['head']: allowed is [] with student.lora"],
+    ),
+    "a frozen part that is none": (
+        ["student.freeze=[embedings]"], ["student.freeze has 'embedings', which matches nothing", "embeddings, head"],
+    ),
+    "frozen layers out of range": (["student.freeze=[layers.1-2]"], ["'layers.1-2'", "layers.0 to layers.1"]),
+    "frozen layers of the teacher's": (
+        ["student.model=null", "student.init.layers=[0,2,3]", "student.freeze=[layers.3]"],
+        ["'layers.3'", "layers.0 to layers.2"],
+    ),
+    "a frozen head that is the embeddings": (["student.freeze=[head]"], ["student.freeze is ['head']", "tied", "both"]),
+    "everything frozen": (["student.freeze=['*']", "student.model={w}/untied"], ["all of the student"]),
     "reverse KL drops the tail": (
         ["loss.divergence=reverse_kl", "loss.tail=drop"], ["loss.tail: 'drop'", "'reverse_kl'", "bucket, renormalize"],
     ),

@@ -325,6 +325,33 @@ def test_an_engine_that_went_on_can_load(run: Runs, stage: int) -> None:
     assert answer["first"] == answer["second"]
 
 
+ADAPTERS = {"lora": {"r": 8, "alpha": 16.0}, "dora": {"r": 8, "alpha": 16.0, "use_dora": True}}
+
+
+@pytest.mark.parametrize(("stage", "dtype", "world", "kind"), matrix(STAGES, DTYPES, WORLDS, tuple(ADAPTERS)))
+def test_adapters_resume_bitwise_and_the_base_stays(run: Runs, stage: int, dtype: str, world: int, kind: str) -> None:
+    call: dict[str, Any] = {"stage": stage, "dtype": dtype, "adapters": ADAPTERS[kind] | {"dropout": 0.1}}
+    whole = run(world, "train", **call)
+    assert_bitwise(run(world, "train", load=str(whole[1]), **call), whole)
+    held = {name for name, _ in saved_state(whole[1])}
+    before, after = weights(whole[1], "saved_working"), weights(whole[1], "working")
+    assert held == {name for name in before if "lora_" in name}
+    assert {name for name in before if not torch.equal(before[name], after[name])} == held
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+@pytest.mark.parametrize(("stage", "to_stage", "to_world"), [(0, 3, 2), (3, 2, 1), (2, 1, 4), (1, 0, 2)])
+def test_adapters_train_the_same_at_any_stage(
+    run: Runs, assert_close: Callable[..., None], stage: int, to_stage: int, to_world: int, kind: str
+) -> None:
+    call: dict[str, Any] = {"dtype": "float32", "adapters": ADAPTERS[kind]}
+    plain = run(1, "train", stage=0, **call)
+    whole = run(2, "train", stage=stage, **call)
+    assert_close(whole, plain, loss=1e-6, norm=1e-5, weight=1e-5)
+    resumed = run(to_world, "train", stage=to_stage, load=str(whole[1]), **call)
+    assert_close(resumed, whole, loss=1e-6, norm=1e-5, weight=1e-5)
+
+
 MISUSE = {
     "other size": "five is [5], the model's [4]",
     "round robin": "round_robin_gradients is true",

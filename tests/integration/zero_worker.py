@@ -19,7 +19,11 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from ray_kd import models
+from ray_kd.config import Lora
+from ray_kd.losses import fused_linear_kd_loss
 from ray_kd.trainer import fragments, rng, zero
 
 VOCAB, WIDTH, LENGTH = 64, 16, 12
@@ -47,6 +51,26 @@ class Tiny(nn.Module):
         h = h * F.pad(self.five, (0, WIDTH - 5), value=1.0)
         logits = self.head(self.dropout(h)[labels >= 0])
         return F.cross_entropy(logits.float(), labels[labels >= 0], reduction="sum") * scale
+
+
+class Adapted(nn.Module):
+    """A Llama with adapters under the fused loss, whose head is frozen, as the trainer has it."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        super().__init__()
+        config = LlamaConfig(
+            vocab_size=VOCAB, hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_hidden_layers=2,
+            num_attention_heads=2, initializer_range=0.2,
+        )  # fmt: skip
+        self.student = models.choose_trainable(LlamaForCausalLM(config), Lora(**options), [], seed=3)
+
+    def forward(self, tokens: torch.Tensor, labels: torch.Tensor, scale: float) -> torch.Tensor:
+        positions = torch.arange(LENGTH).expand_as(tokens)
+        hidden = models.decoder_hidden(self.student, tokens, positions)[labels >= 0]
+        labels = labels[labels >= 0]
+        head = models.base_causal_lm(self.student).get_output_embeddings()
+        teacher = labels[:, None], torch.full_like(labels[:, None], -0.1, dtype=torch.float32)
+        return fused_linear_kd_loss(hidden, head.weight, *teacher, labels, num_valid_tokens=1).loss * scale
 
 
 def full_parameters(
@@ -93,10 +117,11 @@ def build(
     zero_options: dict[str, Any] | None = None,
     options: dict[str, Any] | None = None,
     module: nn.Module | None = None,
+    adapters: dict[str, Any] | None = None,
 ) -> Any:
     world = torch.distributed.get_world_size()
     torch.manual_seed(7)
-    module = module or Tiny(dropout)
+    module = module or (Tiny(dropout) if adapters is None else Adapted(adapters))
     config = zero.deepspeed_config(
         zero_stage=stage,
         micro_batch_size=2,

@@ -43,12 +43,13 @@ def folder(tmp_path, load):
 def test_a_run_from_before_payloads_sent_the_top_k(folder, load):
     """Its run.json lacks the key, and what it did is known all the same."""
     document = json.loads((folder / "run.json").read_text())
-    for key in ("data.route_by", "teacher.payload", "teacher.wire", "teacher.selection", "eval.kl"):
+    for key in ("data.route_by", "teacher.payload", "teacher.wire", "teacher.selection", "eval.kl", "student.lora",
+                "student.freeze"):  # fmt: skip
         del document["settings"][key]
     (folder / "run.json").write_text(json.dumps(document))
     run_folder.check_identity(folder, load("eval.kl=topk"))  # nobody knows
     overrides = ("teacher.payload=hidden_states", "teacher.wire=compact", "teacher.selection=sample")
-    for override in (*overrides, "data.route_by=domain"):
+    for override in (*overrides, "data.route_by=domain", "student.lora={r: 8}", "student.freeze=[head]"):
         with pytest.raises(ConfigError, match=f"its {override.split('=')[0]} is "):
             run_folder.check_identity(folder, load(override))
 
@@ -81,6 +82,8 @@ IDENTITY = [
     "teacher.wire=compact",
     "student.revision=v2",
     "student.init={layers: 2}",
+    "student.lora={r: 8}",
+    "student.freeze=[head]",
     "student.dtype=bfloat16",
     "loss.divergence={kind: jsd, beta: 0.3}",
     "loss.tail=renormalize",
