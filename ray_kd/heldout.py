@@ -72,9 +72,9 @@ def _teacher_s(spec: HeldOut) -> float:
 def evaluate_model(spec: HeldOut, path: str, device: "torch.device") -> dict[str, Any]:
     """The metrics of a model folder and where they come from (`eval/breakdown.py`), in this process."""
     from ray_kd import models
-    from ray_kd.eval import Breakdown, Evaluator
+    from ray_kd.eval import Breakdown, Evaluator, rows_of_rank
 
-    rows = PreparedData(spec.prepared_dir).read_eval(spec.max_rows)
+    rows = rows_of_rank(PreparedData(spec.prepared_dir).read_eval(spec.max_rows), rank=0, world_size=1)
     targets = _targets(spec, rows, device)
     breakdown = Breakdown(targets.metric, targets.max_rank)
     student = models.load_causal_lm(path, dtype="float32", device=device)
