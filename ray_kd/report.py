@@ -68,7 +68,7 @@ def _sections(document: Document) -> Iterator[tuple[str, str | None, str]]:
             (_range(e), f"{e['num_tokens']:,}", _number(e[metric]), _number(e["top1_agreement"]))
             for e in document[name]
         ]  # fmt: skip
-        yield title, picture, _table(("from - to", "tokens", METRIC_LABELS[metric], "top-1 agreement"), rows)
+        yield title, picture, _table(("from - below", "tokens", METRIC_LABELS[metric], "top-1 agreement"), rows)
     yield "Calibration", CALIBRATION, _calibration(document["calibration"])
     rows = [(str(entry["rank"]), f"{entry['mass']:.4f}") for entry in document["teacher_mass_by_rank"]]
     yield "Probability of the teacher's most likely tokens", MASS, _table(("top", "mean probability"), rows)
