@@ -4,6 +4,7 @@ folder.py   is a path or hub id usable, which model is it; atomic folders
 load.py     load safely and quietly; compare vocabularies; Liger patches
 decoder.py  the decoder without its head, and the head
 head_folder.py  the head kept apart from its model
+features.py what its layers compute: hidden states and attention maps
 layers.py   a student made of the teacher's layers
 """
 
@@ -14,6 +15,13 @@ from ray_kd.models.decoder import (
     decoder_of,
     head_of,
     require_plain_head,
+)
+from ray_kd.models.features import (
+    DecoderOutputs,
+    attention_nbytes,
+    check_attention_support,
+    check_attentions,
+    decoder_outputs,
 )
 from ray_kd.models.folder import (
     atomic_folder,
@@ -37,18 +45,23 @@ from ray_kd.models.load import (
 
 __all__ = [
     "DTYPES",
+    "DecoderOutputs",
     "HeadShape",
     "apply_liger",
     "atomic_folder",
+    "attention_nbytes",
     "base_causal_lm",
     "block_influence",
     "check_architecture",
+    "check_attention_support",
+    "check_attentions",
     "check_layers",
     "check_model",
     "choose_layers",
     "compare_vocabularies",
     "decoder_hidden",
     "decoder_of",
+    "decoder_outputs",
     "head_of",
     "head_shape",
     "init_from_layers",

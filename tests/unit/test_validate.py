@@ -300,8 +300,7 @@ def test_longer_rows_than_positions_are_warned_about(load, warnings):
         ("student.liger", "always", "never"),
         ("loss.chunk_size", "0", "1"),
         ("loss.temperature", "0", "0.5"),
-        ("loss.kd_weight", "-1", "0.5"),
-        ("loss.ce_weight", ".inf", "0.5"),
+        ("teacher.max_bytes_per_token", "0", "4096"),
         ("train.num_workers", "0", "2"),
         ("train.num_workers", "[0,2]", "[1,2]"),
         ("train.num_workers", "[4,2]", "[2,2]"),
@@ -469,12 +468,14 @@ def test_what_goes_with_hidden_states_is_said(load, caplog, monkeypatch):
         ),
         (
             "teacher.engine=fake",
-            r"^teacher\.payload is 'hidden_states': allowed is topk_logprobs with teacher\.engine 'fa",
+            r"^teacher\.payload is 'hidden_states': allowed is features \| topk_logprobs with teacher\.engine 'fa",
         ),
     ):
         with pytest.raises(ConfigError, match=message):
             validate(load("teacher.payload=hidden_states", override))
-    with pytest.raises(ConfigError, match=r"^teacher\.payload is 'logits': allowed is topk_logprobs \| hidden_states$"):
+    with pytest.raises(
+        ConfigError, match=r"^teacher\.payload is 'logits': allowed is topk_logprobs \| hidden_.* \| features$"
+    ):
         validate(load("teacher.payload=logits"))
     for kind in kinds(of_logits=True):
         with pytest.raises(ConfigError, match=f"'{kind}' compares whole logits.*teacher.payload=hidden_states"):
