@@ -89,7 +89,7 @@ def _speakers(config: RunConfig, model: str | None) -> dict[str, tuple[str, str 
     speakers[BEFORE] = (results.first_student(config), config.student.revision)
     speakers[AFTER] = (results.student_of(config, model), None)
     for name, speaker in speakers.items():
-        if speaker is not None:
+        if speaker is not None and not storage.is_remote(storage.path(speaker[0])):
             models.check_model(*speaker, name.partition(" ")[0])
     return speakers
 

@@ -70,8 +70,8 @@ def _sections(document: Document) -> Iterator[tuple[str, str | None, str]]:
         ]  # fmt: skip
         yield title, picture, _table(("from - below", "tokens", METRIC_LABELS[metric], "top-1 agreement"), rows)
     yield "Calibration", CALIBRATION, _calibration(document["calibration"])
-    rows = [(str(entry["rank"]), f"{entry['mass']:.4f}") for entry in document["teacher_mass_by_rank"]]
-    yield "Probability of the teacher's most likely tokens", MASS, _table(("top", "mean probability"), rows)
+    shares = [(str(entry["rank"]), f"{entry['mass']:.4f}") for entry in document["teacher_mass_by_rank"]]
+    yield "Probability of the teacher's most likely tokens", MASS, _table(("top", "mean probability"), shares)
     if "generations" in document:
         yield "Answers side by side", None, "\n\n".join(map(_answers, document["generations"]))
     if "lm_eval" in document:
