@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
 POSITION, ENTROPY, CALIBRATION, MASS = "kl_by_position", "kl_by_teacher_entropy", "calibration", "teacher_mass_by_rank"
 """Names of the pictures; the ending is .png."""
-_BAR = "\\|"  # of a table's cell
 
 Document = dict[str, Any]
 """Of `evaluation.evaluate`."""
@@ -45,14 +44,13 @@ def write(folder: Path, document: Document) -> None:
 
 
 def describe(document: Document, with_plots: bool = False) -> str:
-    """All sections as Markdown; without the links to the plots, and with | as it is, for a terminal."""
+    """All sections as Markdown, which a terminal shows as well without the links to the plots."""
     parts = []
     for title, picture, body in _sections(document):
         parts.append(f"## {title}")
         parts += [f"![{title}]({picture}.png)"] if with_plots and picture else []
         parts.append(body)
-    text = "\n\n".join(parts)
-    return text if with_plots else text.replace(_BAR, "|")
+    return "\n\n".join(parts)
 
 
 def _sections(document: Document) -> Iterator[tuple[str, str | None, str]]:
@@ -133,7 +131,8 @@ def _tasks(results: Sequence[dict[str, Any]]) -> str:
 
 def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table whose columns are aligned in plain text too, the first to the left."""
-    headings, *rows = ([cell.replace("|", _BAR) for cell in row] for row in (headings, *rows))
+    # A bar would end the cell; the one of a divergence has a sign of its own.
+    headings, *rows = ([cell.replace("||", "∥").replace("|", "\\|") for cell in row] for row in (headings, *rows))
     widths = [max(3, *(len(row[place]) for row in [headings, *rows])) for place in range(len(headings))]
 
     def line(cells: Sequence[str]) -> str:

@@ -68,7 +68,7 @@ def test_one_document_is_printed_and_reported(run_dir, tmp_path, capsys):
     assert len(set(document["generations"][0]["answers"].values())) > 1
 
     text = (out / "report.md").read_text()
-    assert f"| KL(teacher \\|\\| student), nats a token | {document['kl']:.3f} |" in " ".join(text.split())
+    assert f"| KL(teacher ∥ student), nats a token | {document['kl']:.3f} |" in " ".join(text.split())
     assert "student before:" in text
     for name in PLOTS:
         assert f"]({name}.png)" in text
@@ -94,7 +94,7 @@ def test_the_metrics_before_training_stand_beside_those_of_the_same_rows(run_dir
     assert "before training" in text
     assert "9.500" in text
     assert "![" not in text
-    assert "KL(teacher || student)" in text
+    assert "KL(teacher ∥ student)" in text
     assert "Expected calibration error" in text
 
 
