@@ -288,7 +288,8 @@ def test_feature_terms_are_divided_by_the_counts_of_all_ranks(
     assert_close(split, plain, loss=1e-5, norm=1e-4, weight=1e-4)
     names = set(weights(split[1], "master"))
     assert {name for name in names if name.startswith("projectors.")} == {
-        "projectors.hidden_state_1.0.weight", "projectors.hidden_state_1.1.weight", "projectors.hidden_state_2.0.weight",
+        "projectors.hidden_state_1.0.weight", "projectors.hidden_state_1.1.weight",
+        "projectors.hidden_state_2.0.weight",
     }  # fmt: skip
     values = split[0]["steps"][0]["metrics"]
     weighed = 1.25 * values["kd_loss"] + 0.5 * values["ce_loss"] + 0.3 * values["hidden_state_loss_1"]

@@ -145,7 +145,7 @@ def test_micro_batches_add_up_to_the_global_batch():
             expected = expected + weight * sum(sums) / sum(counts)
     torch.testing.assert_close(sum(losses), expected, rtol=1e-9, atol=0)
     wanted = torch.autograd.grad(expected, list(theirs.parameters()))
-    for (name, parameter), grad in zip(theirs.named_parameters(), wanted, strict=True):
+    for (name, _), grad in zip(theirs.named_parameters(), wanted, strict=True):
         torch.testing.assert_close(ours.student.get_parameter(name).grad, grad, rtol=1e-7, atol=1e-11, msg=name)
 
 
