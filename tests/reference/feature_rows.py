@@ -1,5 +1,7 @@
 """Packed rows with whole features on both sides, and the payloads that a teacher would send of them; loops alone."""
 
+import itertools
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -40,7 +42,7 @@ def payloads(
     sent = []
     for row in range(len(labels)):
         own = labels[row].tolist(), positions[row].tolist()
-        tokens = sum(counted(*own, spec.hidden_mask), [])
+        tokens = list(itertools.chain(*counted(*own, spec.hidden_mask)))
         pairs = [
             (query, key)
             for document in counted(*own, spec.attention_mask)
@@ -56,6 +58,6 @@ def payloads(
             heads = one[row].mean(0, keepdim=True) if spec.mean_over_heads else one[row]
             probabilities.append([[head[pair] for pair in pairs] for head in heads])
         shape = (len(attention), len(probabilities[0]) if probabilities else 1, len(pairs) if probabilities else 0)
-        topk = topk_logprobs.example(len(sum(counted(*own, "targets"), [])), np.random.default_rng(row), top_k=4)
+        topk = topk_logprobs.example(sum(map(len, counted(*own, "targets"))), np.random.default_rng(row), top_k=4)
         sent.append(Features(topk, spec, bits, np.array(probabilities, np.float16).reshape(shape)))
     return sent
