@@ -1,5 +1,5 @@
-"""A run with every kind of term on a real Ray, between models of other widths and head counts: what it logs, that its
-terms fall, what it leaves, and that a run that was killed and went on is bitwise the same, projectors among it."""
+"""A run with every kind of term on a real Ray, between models of different widths: what it logs, that its terms fall,
+what it leaves, and that a run that was killed and went on is bitwise the same, projectors included."""
 
 import json
 import re
@@ -30,7 +30,7 @@ PROJECTORS = {f"hidden_state.{place}.weight": [64, 48] for place in (0, 1)}
 
 @pytest.fixture(scope="module")
 def settings(jobs):
-    """A student of 48 channels for a teacher of 64, both with four heads: every one of the terms has something to do."""
+    """A student of 48 channels for a teacher of 64."""
     tiny_llama(jobs.folder / "narrow", layers=2, hidden=48, seed=2)
     return (
         f"student.model={jobs.folder}/narrow", "teacher.payload=features", f"loss.terms={json.dumps(TERMS)}",
@@ -77,15 +77,17 @@ def test_projectors_are_trained_and_kept_and_left_out_of_the_model(finished):
     assert shown["loss"]["terms"] == TERMS
 
 
-def test_killed_and_gone_on_is_the_same_run(jobs, settings, finished):
-    """The driver dies between two checkpoints, its workers with it."""
-    name = "features-killed"
-    process = jobs.start(name, *settings)
-    jobs.wait_for_step(name, 5, process)
+def test_killed_and_gone_on_is_the_same_run(local_jobs, jobs, settings, finished):
+    """SIGKILL of the driver between two checkpoints, which also takes its local Ray down; the same command again."""
+    local_jobs.data.write_bytes(jobs.data.read_bytes())
+    overrides = (*settings, f"teacher.model={jobs.teacher}")
+    process = local_jobs.start("features-killed", *overrides)
+    local_jobs.wait_for_step("features-killed", 5, process)
     process.send_signal(signal.SIGKILL)
-    process.communicate()
-    resumed = jobs.distill(name, *settings)
+    process.wait()
+    resumed = local_jobs.distill("features-killed", *overrides)
     assert resumed.exit_code == 0, resumed.stderr
+    assert resumed.summary["restarts"] == 1
     kept = [key for key in finished.metrics[0] if key.startswith(("train/", "data/row", "data/slot"))]
     kept = [key for key in kept if key not in ("train/tokens_per_second", "train/data_wait_s")]
     assert {f"train/{name}" for name in LOSSES} <= set(kept)
