@@ -469,7 +469,7 @@ def test_what_goes_with_hidden_states_is_said(load, caplog, monkeypatch):
         ),
         (
             "teacher.engine=fake",
-            r"^teacher\.payload is 'hidden_states': allowed is topk_logprobs with teacher\.engine 'fa",
+            r"^teacher\.payload is 'hidden_states': allowed is features \| topk_logprobs with teacher\.engine 'fa",
         ),
     ):
         with pytest.raises(ConfigError, match=message):
