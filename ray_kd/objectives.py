@@ -77,7 +77,7 @@ def check_models(config: RunConfig, teacher: "PreTrainedConfig", student: "PreTr
     """
     from ray_kd import models
 
-    terms = make_features(config, teacher, student)()
+    terms = make_features(config, teacher, student)() if config.teacher.payload == FEATURES else {}
     for entry in _entries(config):
         if entry.is_feature and terms[entry.name].attention_layers:
             models.check_attention_support(teacher, entry.key)
