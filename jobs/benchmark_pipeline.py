@@ -22,7 +22,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 from quickstart import CONFIG, INPUTS
 from quickstart_inputs import make_inputs
@@ -32,6 +31,7 @@ from ray_kd import config as configuration
 from ray_kd.benchmarks.options import Help, add_common, whole
 from ray_kd.benchmarks.pipeline import WARM_UP_STEPS, Timeline, Work, in_turns, of_run, read_costs, two_processes
 from ray_kd.cli import Parser
+from ray_kd.plot import STUDENT, TEACHER, new_axes, save
 from ray_kd.trainer.loop import CHECKPOINTS
 
 OURS, PLAIN, TURNS = "ray_kd", "two processes", "in turns"
@@ -122,24 +122,21 @@ def show(name: str, timelines: list[Timeline], plain: list[Timeline]) -> None:
 
 def plot(path: Path, timelines: dict[str, Timeline]) -> None:
     """A lane for each teacher and student, from the command on."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 1 + 0.8 * 2 * len(timelines)), layout="constrained")
-    axes: Any = figure.subplots()
+    figure, axes = new_axes(11, 1 + 0.8 * 2 * len(timelines))
     lanes: list[str] = []
     for name, timeline in timelines.items():
         base = timeline.started
-        axes.broken_barh([(s - base, e - s) for s, e in timeline.teacher], (len(lanes) - 0.4, 0.8), color="tab:orange")
+        axes.broken_barh([(s - base, e - s) for s, e in timeline.teacher], (len(lanes) - 0.4, 0.8), color=TEACHER)
         lanes.append(f"{name}: teacher")
         steps = [(s - base, wait) for (s, _), wait in zip(timeline.student, timeline.waits, strict=True)]
         busy = [(s - base + wait, e - s - wait) for (s, e), wait in zip(timeline.student, timeline.waits, strict=True)]
-        axes.broken_barh(busy, (len(lanes) - 0.4, 0.8), color="tab:blue", edgecolor="white", linewidth=0.5)
+        axes.broken_barh(busy, (len(lanes) - 0.4, 0.8), color=STUDENT, edgecolor="white", linewidth=0.5)
         axes.broken_barh(steps[1:], (len(lanes) - 0.4, 0.8), color="tab:red")
         lanes.append(f"{name}: student")
     axes.set_yticks(range(len(lanes)), lanes)
     axes.invert_yaxis()
     axes.set_xlabel("seconds since the command (orange: teacher, blue: student, red: student waits)")
-    figure.savefig(path, dpi=120)
+    save(figure, path)
 
 
 if __name__ == "__main__":

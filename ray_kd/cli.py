@@ -117,24 +117,65 @@ def cache_teacher(argv: list[str]) -> int:
 
 
 def evaluate(argv: list[str]) -> int:
-    """Measure a run's student against its teacher on the held-out rows: KL, perplexity, bits per byte, agreement."""
+    """Measure a run's student against its teacher on the held-out rows: KL, perplexity, bits per byte, agreement, and
+    where they come from; its answers beside the teacher's; tasks of lm-evaluation-harness."""
+    options = _evaluate_options(argv)
+    config = _config_of_run(storage.path(options.run_dir))
+    from ray_kd import evaluation, report
+
+    if options.report is not None:
+        report.prepare(options.report)
+    asked = evaluation.Asked(
+        model=options.model,
+        max_rows=options.max_rows,
+        prompts=options.prompt,
+        max_new_tokens=options.max_new_tokens,
+        tasks=options.lm_eval,
+        tasks_dir=options.lm_eval_dir,
+        tasks_limit=options.lm_eval_limit,
+    )
+    document = evaluation.evaluate(config, asked)
+    print(json.dumps(document) if options.json else report.describe(document))
+    if options.report is not None:
+        report.write(options.report, document)
+        print(f"report: {options.report / 'report.md'}", file=sys.stderr if options.json else sys.stdout)
+    return EXIT_DONE
+
+
+def _evaluate_options(argv: list[str]) -> argparse.Namespace:
+    """Refuses what would have no effect."""
+    from ray_kd.benchmarks.options import whole
+
     parser = Parser("evaluate", description=evaluate.__doc__)
     parser.add_argument("run_dir", help="the run folder")
     parser.add_argument("--model", help="a model folder to measure instead of the run's final/")
-    parser.add_argument(
-        "--max-rows", type=int, help="held-out rows used; 0 uses all (default: the run's eval.max_rows)"
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    parser.add_argument("--max-rows", type=whole(0), metavar="N",
+                        help="held-out rows used; 0 uses all (default: the run's eval.max_rows)")  # fmt: skip
+    parser.add_argument("--report", type=Path, metavar="DIR", help="write report.md, report.json and plots there")
+    parser.add_argument("--prompt", action="append", default=[], metavar="TEXT",
+                        help="show what teacher, student before and student after answer (repeatable)")  # fmt: skip
+    parser.add_argument("--max-new-tokens", type=whole(1), metavar="N",
+                        help="length of those answers (default: the run's eval.max_new_tokens)")  # fmt: skip
+    parser.add_argument("--lm-eval", type=lambda text: text.split(","), default=[], metavar="TASKS",
+                        help="tasks of lm-evaluation-harness, with commas (pip install 'ray_kd[lm-eval]')")  # fmt: skip
+    parser.add_argument("--lm-eval-dir", type=Path, metavar="DIR", help="definitions of tasks of your own (YAML)")
+    parser.add_argument("--lm-eval-limit", type=whole(1), metavar="N", help="documents of each task at most")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     options = parser.parse_args(argv)
-    if options.max_rows is not None and options.max_rows < 0:
-        parser.error(f"argument --max-rows: {options.max_rows} is negative, allowed is 0 (all) or more")
-    from ray_kd import results, summary
-
-    metrics = results.evaluate(
-        _config_of_run(storage.path(options.run_dir)), model=options.model, max_rows=options.max_rows
-    )
-    print(json.dumps(metrics) if options.json else summary.describe_eval({"measured": metrics}))
-    return EXIT_DONE
+    for name, is_set, needed, is_there in (
+        ("--max-new-tokens", options.max_new_tokens is not None, "--prompt", options.prompt),
+        ("--lm-eval-dir", options.lm_eval_dir is not None, "--lm-eval", options.lm_eval),
+        ("--lm-eval-limit", options.lm_eval_limit is not None, "--lm-eval", options.lm_eval),
+    ):
+        if is_set and not is_there:
+            parser.error(f"argument {name}: has no effect without {needed}")
+    if not all(map(str.strip, options.prompt)):
+        parser.error("argument --prompt: '' is no text")
+    if not all(map(str.strip, options.lm_eval)):
+        parser.error(f"argument --lm-eval: '{','.join(options.lm_eval)}' is no list of names with commas between them")
+    if options.lm_eval_dir is not None and not options.lm_eval_dir.is_dir():
+        parser.error(f"argument --lm-eval-dir: '{options.lm_eval_dir}' is no folder")
+    return options
 
 
 def export(argv: list[str]) -> int:

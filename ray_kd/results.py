@@ -5,7 +5,7 @@ Works from a run folder alone, without Ray: the jobs `export` and `evaluate` cal
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -114,8 +114,8 @@ def _with_frozen(
     return models.merge_adapters(model).named_parameters(), adapter
 
 
-def evaluate(config: RunConfig, *, model: str | None = None, max_rows: int | None = None) -> dict[str, float]:
-    """Metrics of a run's final/ (or of another model folder) on the run's held-out rows, in this process.
+def evaluate(config: RunConfig, *, model: str | None = None, max_rows: int | None = None) -> dict[str, Any]:
+    """What `heldout.evaluate_model` says of a run's final/ (or of another model folder) on the run's held-out rows.
 
     Raises ConfigError when there is no such model, DataError when the run has no held-out rows.
     """
@@ -134,27 +134,41 @@ def evaluate(config: RunConfig, *, model: str | None = None, max_rows: int | Non
     threads, on_gpu = cluster.physical_cores(), torch.cuda.is_available()
     torch.set_num_threads(threads)
     spec = held_out(config, prepared, threads, on_gpu=on_gpu, max_rows=max_rows)
-    return evaluate_model(spec, model or str(_final(run_dir)), torch.device("cuda" if on_gpu else "cpu"))
+    return evaluate_model(spec, student_of(config, model), torch.device("cuda" if on_gpu else "cpu"))
 
 
 def sample(config: RunConfig, final: str) -> list[dict[str, str]]:
     """What the student answers to `eval.prompts`, as it began and as it is: prompt, before, after. Greedy."""
     import torch
 
+    torch.set_num_threads(cluster.physical_cores())
+    prompts, length = config.eval.prompts, config.eval.max_new_tokens
+    before = answers(first_student(config), config.student.revision, prompts, length)
+    after = answers(final, None, prompts, length)
+    return [
+        {"prompt": prompt, "before": first, "after": last}
+        for prompt, first, last in zip(prompts, before, after, strict=True)
+    ]
+
+
+def answers(path: str, revision: str | None, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
+    """A model's greedy answer to each prompt, in float32."""
     from ray_kd import models
     from ray_kd.eval import generate_samples
 
-    torch.set_num_threads(cluster.physical_cores())
+    model = models.load_causal_lm(path, revision, dtype="float32")
+    return generate_samples(model, models.load_tokenizer(path, revision), prompts, max_new_tokens)
+
+
+def first_student(config: RunConfig) -> str:
+    """The model that the run began with, as its newest checkpoint names it. Raises ConfigError without one."""
     document = checkpoint.read_state(_checkpoint(run_folder.run_dir(config), step=None))
-    answers = []
-    for path, revision in ((document["state"]["student_path"], config.student.revision), (final, None)):
-        model = models.load_causal_lm(path, revision, dtype="float32")
-        tokenizer = models.load_tokenizer(path, revision)
-        answers.append(generate_samples(model, tokenizer, config.eval.prompts, config.eval.max_new_tokens))
-    return [
-        {"prompt": prompt, "before": before, "after": after}
-        for prompt, before, after in zip(config.eval.prompts, *answers, strict=True)
-    ]
+    return str(document["state"]["student_path"])
+
+
+def student_of(config: RunConfig, model: str | None) -> str:
+    """A model folder, or where none is named the run's final/. Raises ConfigError where that is not there yet."""
+    return model or str(_final(run_folder.run_dir(config)))
 
 
 def held_out(

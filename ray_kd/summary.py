@@ -108,19 +108,20 @@ def _describe_actor(actor: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
-_LABELS = {
+METRIC_LABELS = {
     "kl": "KL(teacher || student), nats a token",
     "topk_bucket_kl": "top-k + bucket KL, nats a token",
     "perplexity": "perplexity",
     "bits_per_byte": "bits per byte",
     "top1_agreement": "top-1 agreement with the teacher",
 }
+"""Name of a held-out metric -> what it is called."""
 
 
 def describe_eval(columns: Mapping[str, Mapping[str, Any]]) -> str:
     """A small table of held-out metrics; columns: heading -> metrics."""
     rows = [f"{'held-out':<38}" + "".join(f"{heading:>12}" for heading in columns)]
-    for name, label in _LABELS.items():
+    for name, label in METRIC_LABELS.items():
         values = [metrics.get(name) for metrics in columns.values()]
         if any(value is not None for value in values):
             cells = ["" if value is None else _short(value) for value in values]

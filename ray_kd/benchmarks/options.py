@@ -1,10 +1,11 @@
 """The command line that the benchmark jobs share: what could not be used is refused before anything is timed."""
 
 import argparse
-import importlib.util
 import math
 from collections.abc import Callable
 from pathlib import Path
+
+from ray_kd import plot
 
 FORMATS = (".png", ".svg", ".pdf")
 
@@ -63,6 +64,6 @@ def plot_path(text: str) -> Path:
     path = out_path(text)
     if path.suffix not in FORMATS:
         raise argparse.ArgumentTypeError(f"'{text}' ends in none of {', '.join(FORMATS)}")
-    if importlib.util.find_spec("matplotlib") is None:
+    if not plot.is_possible():
         raise argparse.ArgumentTypeError("a plot needs matplotlib: pip install 'ray_kd[bench]'")
     return path

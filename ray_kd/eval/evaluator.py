@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ray_kd import schema
 from ray_kd.errors import DataError
+from ray_kd.eval.breakdown import Breakdown
 from ray_kd.eval.targets import Rows, TeacherTargets
 from ray_kd.head import Head
 
@@ -84,9 +85,15 @@ class Evaluator:
 
     @torch.no_grad()
     def evaluate(
-        self, student_hidden: StudentHidden, student_weight: StudentWeight, all_reduce: AllReduce = lambda sums: sums
+        self,
+        student_hidden: StudentHidden,
+        student_weight: StudentWeight,
+        all_reduce: AllReduce = lambda sums: sums,
+        breakdown: Breakdown | None = None,
     ) -> dict[str, float]:
         """The metrics over all ranks, the same on each. Uses no random numbers.
+
+        breakdown: gets every token of this rank as well, in the same pass.
 
         Raises DataError when no rank has a target token.
         """
@@ -94,7 +101,7 @@ class Evaluator:
         sums = np.zeros(len(_SUMS), dtype=np.float64)
         for start in range(0, len(self._targets), self._batch_size):
             batch = np.arange(start, min(start + self._batch_size, len(self._targets)))
-            sums += self._batch_sums(batch, teacher, student_hidden, student_weight)
+            sums += self._batch_sums(batch, teacher, student_hidden, student_weight, breakdown)
         totals = dict(zip(_SUMS, all_reduce(sums.tolist()), strict=True))
         tokens = totals["tokens"]
         if tokens == 0:
@@ -116,6 +123,7 @@ class Evaluator:
         teacher: TeacherTargets,
         student_hidden: StudentHidden,
         student_weight: StudentWeight,
+        breakdown: Breakdown | None,
     ) -> NDArray[np.float64]:
         """Every rank runs the forward and enters the head's context, also where no row of the batch counts."""
         input_ids, position_ids = (
@@ -128,6 +136,8 @@ class Evaluator:
         hidden_ND = hidden[torch.from_numpy(self._targets[batch] & is_used[:, None]).to(self._device)]
         next_labels = schema.next_labels(self._rows[schema.LABELS][used])[self._targets[used]]
         labels = torch.from_numpy(next_labels).to(self._device).long()
+        positions = self._rows[schema.POSITION_IDS][used][self._targets[used]]
+        context = torch.from_numpy(positions).to(self._device).long() + 1
 
         divergence = nll = agreements = 0.0
         with student_weight() as (weight, bias):
@@ -135,10 +145,12 @@ class Evaluator:
             for start in range(0, len(labels), self._chunk_size):
                 tokens = slice(start, start + self._chunk_size)
                 logprobs = head.logits(hidden_ND[tokens]).log_softmax(dim=-1)
-                per_token, teacher_top1 = teacher.compare(used.tolist(), tokens, logprobs)
-                divergence += float(per_token.sum(dtype=torch.float64))
+                compared = teacher.compare(used.tolist(), tokens, logprobs)
+                divergence += float(compared.divergence.sum(dtype=torch.float64))
                 nll -= float(logprobs.gather(1, labels[tokens, None]).sum(dtype=torch.float64))
-                agreements += float((logprobs.argmax(dim=-1) == teacher_top1).sum())
+                agreements += float((logprobs.argmax(dim=-1) == compared.teacher_top1).sum())
+                if breakdown is not None:
+                    breakdown.add(compared, logprobs, labels[tokens], context[tokens])
         nbytes = float(self._rows[NUM_TARGET_BYTES][used].sum()) if NUM_TARGET_BYTES in self._rows else 0.0
         return np.array([divergence, nll, agreements, len(labels), nbytes, len(used)])
 

@@ -4,6 +4,7 @@ N target tokens, V vocabulary, D width, K top-k. Temperature 1 throughout. Logit
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,12 +22,35 @@ _LOG_TINY = float(np.log(1e-7))  # smallest tail mass told apart from rounding, 
 Rows = Mapping[str, NDArray[Any]]
 """input_ids, labels, position_ids: int32 [n, T]; for the Evaluator perhaps num_target_bytes: [n]."""
 
+_MAX_RANK = 1024
+"""The most likely ids of a whole vocabulary that are looked at one by one: beyond it no top k is sent."""
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What the teacher says of n tokens, and how far the student is from it."""
+
+    divergence: Tensor
+    """[n] float32, nats."""
+    teacher_top1: Tensor
+    """[n] int64: the teacher's most likely ids."""
+    outcomes: Tensor
+    """[n, M] float32 log-probabilities of all that the teacher tells apart: its vocabulary, or its top k and a bucket.
+    Those of empty slots are -inf."""
+    num_ids: int
+    """The first so many outcomes are ids; one that is left is the bucket."""
+
 
 class TeacherTargets(Protocol):
     """The teacher's distributions at the target positions of some rows, in row-major order."""
 
     metric: str
     """Name of the divergence that `compare` measures."""
+
+    @property
+    def max_rank(self) -> int:
+        """How many of its most likely ids are known of every token, and worth a look."""
+        ...
 
     def is_usable(self, row: int) -> bool:
         """Whether the teacher has an answer for this row; the others are left out of every metric."""
@@ -36,8 +60,8 @@ class TeacherTargets(Protocol):
         """The same, ready to compare on `device`."""
         ...
 
-    def compare(self, rows: Sequence[int], tokens: slice, student_logprobs: Tensor) -> tuple[Tensor, Tensor]:
-        """Divergence [n] in nats (float32) and the teacher's most likely ids [n] for some tokens of some rows.
+    def compare(self, rows: Sequence[int], tokens: slice, student_logprobs: Tensor) -> Compared:
+        """For some tokens of some rows.
 
         tokens: which of the rows' concatenated target tokens; student_logprobs: [n, V] float32 log-softmax there.
         """
@@ -56,6 +80,11 @@ class DenseTargets:
         """hidden: [m, D] per row, m its target positions."""
         self._hidden = hidden
         self._head = head
+
+    @property
+    def max_rank(self) -> int:
+        """The vocabulary, or as much of it as a top k could send."""
+        return min(_MAX_RANK, self._head.vocab_size)
 
     @classmethod
     @torch.no_grad()
@@ -98,11 +127,13 @@ class DenseTargets:
         """With the head on `device`; hidden states follow chunk by chunk."""
         return DenseTargets(self._hidden, self._head.to(device))
 
-    def compare(self, rows: Sequence[int], tokens: slice, student_logprobs: Tensor) -> tuple[Tensor, Tensor]:
+    def compare(self, rows: Sequence[int], tokens: slice, student_logprobs: Tensor) -> Compared:
         """KL(teacher || student) = sum_v q_v (log q_v - log p_v); student ids beyond the teacher's have q = 0."""
         hidden = torch.cat([self._hidden[row] for row in rows])[tokens].to(student_logprobs.device)
         teacher = self._head.logits(hidden).log_softmax(dim=-1)
-        return _expected_difference(teacher, student_logprobs[:, : teacher.shape[1]]), teacher.argmax(dim=-1)
+        num_ids = teacher.shape[1]
+        divergence = _expected_difference(teacher, student_logprobs[:, :num_ids])
+        return Compared(divergence, teacher.argmax(dim=-1), teacher, num_ids)
 
 
 class TopKTargets:
@@ -122,6 +153,11 @@ class TopKTargets:
             raise ValueError("evaluation needs the likeliest tokens, not draws: their mass is an estimate")
         self._payloads = payloads
 
+    @property
+    def max_rank(self) -> int:
+        """K."""
+        return next((payload.ids.shape[1] for payload in self._payloads if payload is not None), 1)
+
     def is_usable(self, row: int) -> bool:
         """False where there is no payload."""
         return self._payloads[row] is not None
@@ -130,7 +166,7 @@ class TopKTargets:
         """The same object: payloads follow chunk by chunk."""
         return self
 
-    def compare(self, rows: Sequence[int], tokens: slice, student_logprobs: Tensor) -> tuple[Tensor, Tensor]:
+    def compare(self, rows: Sequence[int], tokens: slice, student_logprobs: Tensor) -> Compared:
         """KL over the K ids and the bucket; with K = V over the K ids, renormalised, as in the loss."""
         payloads = [payload for row in rows if (payload := self._payloads[row]) is not None]
         device = student_logprobs.device
@@ -140,8 +176,10 @@ class TopKTargets:
         teacher = teacher.masked_fill(is_empty, -torch.inf)
         top1 = ids.gather(1, teacher.argmax(dim=-1, keepdim=True)).squeeze(1)
         student = student_logprobs.gather(1, ids.clamp_min(0)).masked_fill(is_empty, -torch.inf)
-        if ids.shape[1] >= payloads[0].vocab_size:
-            return _expected_difference(teacher.log_softmax(dim=-1), student.log_softmax(dim=-1)), top1
+        num_ids = ids.shape[1]
+        if num_ids >= payloads[0].vocab_size:
+            outcomes = teacher.log_softmax(dim=-1)
+            return Compared(_expected_difference(outcomes, student.log_softmax(dim=-1)), top1, outcomes, num_ids)
         # The student's tail is summed over the other ids, not taken as 1 - sum: that would cancel.
         # Empty slots point at an extra column, so that they remove no id from the tail.
         extra = student_logprobs.shape[1]
@@ -149,7 +187,10 @@ class TopKTargets:
         rest.scatter_(1, ids.masked_fill(is_empty, extra), -torch.inf)
         student_tail = rest.logsumexp(dim=-1, keepdim=True).clamp_min(_LOG_TINY)
         teacher_tail = (1.0 - teacher.double().exp().sum(dim=-1, keepdim=True)).clamp_min(1e-7).log().float()
-        return _expected_difference(torch.cat([teacher, teacher_tail], 1), torch.cat([student, student_tail], 1)), top1
+        outcomes = torch.cat([teacher, teacher_tail], dim=1)
+        return Compared(
+            _expected_difference(outcomes, torch.cat([student, student_tail], dim=1)), top1, outcomes, num_ids
+        )
 
 
 def _expected_difference(teacher: Tensor, student: Tensor) -> Tensor:

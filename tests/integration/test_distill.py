@@ -98,6 +98,20 @@ def test_the_evaluate_job_agrees_with_the_trainer(finished, jobs):
         assert measured[name] == pytest.approx(trained[name], rel=1e-4), name
 
 
+def test_the_evaluate_job_reports_before_and_after(finished, jobs, tmp_path):
+    job = jobs.run("evaluate", str(finished.run_dir), "--report", str(tmp_path), "--prompt", "hello")
+    assert job.exit_code == 0, job.stderr
+    document = json.loads((tmp_path / "report.json").read_text())
+    assert document["before"] == finished.summary["eval"]["before"]
+    (sample,) = json.loads((finished.run_dir / "samples.json").read_text())["samples"]
+    (said,) = document["generations"]
+    assert said["answers"].keys() == {"teacher", "student before", "student after"}
+    for when in ("before", "after"):
+        assert said["answers"][f"student {when}"] == sample[when]
+    assert sum(bucket["num_tokens"] for bucket in document["by_position"]) == document["num_tokens"]
+    assert len(list(tmp_path.glob("*.png"))) == 4
+
+
 def test_the_export_job_writes_the_same_student(finished, jobs, tmp_path):
     out = tmp_path / "student"
     job = jobs.run("export", str(finished.run_dir), str(out))

@@ -46,7 +46,7 @@ def test_a_weight_that_is_zero_at_first_is_trained_later():
         ([{"kind": "ce"}, "ce"], "^loss.terms has several terms of kind 'ce'"),
         ([3], r"^loss.terms\[0\] is 3: allowed is {kind: ..., weight: ..., options}. Available: kd, ce, attention"),
         ([{"weight": 1}], r"^loss.terms\[0\] is {'weight': 1}: allowed is"),
-        (["dk"], r"^loss.terms\[0\]: unknown kind 'dk'; did you mean 'kd'\? Available: kd, ce, attention, hidden"),
+        (["kdd"], r"^loss.terms\[0\]: unknown kind 'kdd'; did you mean 'kd'\? Available: kd, ce, attention, hidden"),
         (
             [{"kind": "kd", "wieght": 1}],
             r"^loss.terms\[0\]: unknown option 'wieght' of kind 'kd'; did you mean 'weight'",
