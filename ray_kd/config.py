@@ -127,6 +127,16 @@ class StudentInit:
     """How many teacher layers to keep (chosen by `select`), or an explicit list of layer indices."""
     select: str = "block_influence"
     """How to choose when `layers` is a number: block_influence (1 - cos of a layer's input and output)."""
+    intermediate_size: int | None = None
+    """MLP neurons to keep in each layer, those of highest activation (Minitron). Default: all."""
+    num_attention_heads: int | None = None
+    """Query heads to keep in each layer, as many of each KV head that is kept. Default: all."""
+    num_key_value_heads: int | None = None
+    """KV heads to keep in each layer. Default: all, or num_attention_heads where the teacher has as many of both."""
+    hidden_size: int | None = None
+    """Channels of the residual stream to keep, the same in all layers. Default: all."""
+    calibration_rows: int = 16
+    """Training rows on which layers, neurons, heads and channels are measured."""
 
 
 @dataclass
@@ -136,7 +146,7 @@ class Student:
     revision: str | None = None
     """Hub revision of the student."""
     init: StudentInit | None = None
-    """Make the student from the teacher's layers: {layers: 15, select: block_influence}."""
+    """Make the student from the teacher's layers, whole or narrower: {layers: 15, intermediate_size: 1024}."""
     dtype: str = "float32"
     """Training type: float32 | bfloat16 | float16 (fp32 master weights in all of them)."""
     gradient_checkpointing: bool = False

@@ -20,7 +20,7 @@ import numpy as np
 
 from ray_kd import checkpoint, cluster, launch, refusal, results, run_folder, schema, storage, summary, teacher_cache
 from ray_kd import config as configuration
-from ray_kd.config import Pool, RunConfig
+from ray_kd.config import Pool, RunConfig, StudentInit
 from ray_kd.data.order import SlotOrder
 from ray_kd.data.prepared import PreparedData
 from ray_kd.errors import EXIT_BUG, EXIT_DONE, RayKDError, RetryableError
@@ -58,7 +58,6 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_INFLUENCE_ROWS = 16  # rows on which block influence is measured; the ranking is stable from a few thousand tokens on
 _MAX_BLOCK_NBYTES = 32 * 2**20
 _BLOCKS_A_PROCESS = 4  # being made, in the queue, on the way, being used
 
@@ -231,27 +230,30 @@ def _student(config: RunConfig, run_dir: Path, prepared: PreparedData) -> str:
     if config.student.model is not None:
         return config.student.model
 
-    from ray_kd.models import model_identity
+    from ray_kd.models import asked_widths, model_identity
 
     init = config.student.init
     assert init is not None  # validate: exactly one of model and init
-    teacher = config.teacher
+    teacher, widths = config.teacher, asked_widths(init)
+    # An explicit list of whole layers does not depend on the data.
+    is_measured = widths or not isinstance(init.layers, list)
     key = {
         "teacher": model_identity(teacher.model, teacher.revision),
         "layers": init.layers,
-        # An explicit list does not depend on the data.
-        "measured": None if isinstance(init.layers, list) else [init.select, prepared.manifest.fingerprint],
+        "widths": widths,
+        "measured": [init.select, init.calibration_rows, prepared.manifest.fingerprint] if is_measured else None,
     }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     folder = run_dir.parent / "student_init" / digest
     if not (folder / "config.json").exists():
         start = time.perf_counter()
         make = partial(
-            _make_student, teacher.model, teacher.revision, init.layers, str(prepared.folder), str(folder),
+            _make_student, teacher.model, teacher.revision, init, str(prepared.folder), str(folder),
             cluster.physical_cores(), teacher.pool.num_gpus > 0,
         )  # fmt: skip
         layers = _on_teacher_pool(config, make, "the student's init")
-        logger.info("student: the teacher's layers %s (%.1f s)", layers, time.perf_counter() - start)
+        narrower = "".join(f", {name} {size}" for name, size in widths.items())
+        logger.info("student: the teacher's layers %s%s (%.1f s)", layers, narrower, time.perf_counter() - start)
     return str(folder)
 
 
@@ -281,23 +283,28 @@ def _call(function: Callable[[], T]) -> T:
 
 
 def _make_student(
-    teacher: str, revision: str | None, layers: int | list[int], prepared_dir: str, out_dir: str, threads: int,
-    on_gpu: bool,
-) -> list[int]:  # fmt: skip
+    teacher: str, revision: str | None, init: StudentInit, prepared_dir: str, out_dir: str, threads: int, on_gpu: bool
+) -> list[int]:
     import torch
 
     from ray_kd import models
 
     torch.set_num_threads(threads)
-    if isinstance(layers, int):
+    layers: int | list[int] = init.layers
+    kept, asked = None, models.asked_widths(init)
+    if asked or isinstance(layers, int):
         prepared = PreparedData(prepared_dir)
-        columns = schema.to_numpy(prepared.read_rows(np.arange(min(_INFLUENCE_ROWS, prepared.num_rows))))
+        rows = schema.to_numpy(prepared.read_rows(np.arange(min(init.calibration_rows, prepared.num_rows))))
+        columns = rows[schema.INPUT_IDS], rows[schema.POSITION_IDS]
         model = models.load_causal_lm(teacher, revision, device="cuda" if on_gpu else "cpu")
-        scores = models.block_influence(model, columns[schema.INPUT_IDS], columns[schema.POSITION_IDS])
+        if isinstance(layers, int):
+            layers = models.choose_layers(models.block_influence(model, *columns), layers)
+        if asked:
+            widths = models.check_widths(model.config, asked)
+            kept = models.choose_widths(model.config, models.width_importance(model, *columns), widths, layers)
         del model
-        layers = models.choose_layers(scores, layers)
     with storage.store_errors(), storage.drafted_folder(storage.path(out_dir), last="config.json") as draft:
-        models.init_from_layers(teacher, layers, str(draft), revision=revision)
+        models.init_from_layers(teacher, layers, str(draft), revision=revision, kept=kept)
     return layers
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ray_kd import checkpoint, cluster, run_folder, storage, summary
-from ray_kd.config import RunConfig, each_teacher, to_yaml
+from ray_kd.config import RunConfig, StudentInit, each_teacher, to_yaml
 from ray_kd.data.prepared import PreparedData
 from ray_kd.errors import ConfigError, DataError
 from ray_kd.heldout import HeldOut, evaluate_model
@@ -191,9 +191,7 @@ def _card(config: RunConfig, run_dir: Path, step: int) -> str:
     weights = ["teacher weights", *(f"weights of teachers[{place}]" for place in range(1, len(teachers)))]
     return model_card(
         teachers={one.model: content[of] for one, of in zip(teachers, weights, strict=True)},
-        student_init=_init_in_words(init.layers, init.select)
-        if init
-        else f"{config.student.model} ({content['student weights']})",
+        student_init=_init_in_words(init) if init else f"{config.student.model} ({content['student weights']})",
         data_identity=f"prepared data {content['prepared data']}",
         licences={
             "teacher": ", ".join(dict.fromkeys(models.licence_of(one.model, one.revision) for one in teachers)),
@@ -204,12 +202,13 @@ def _card(config: RunConfig, run_dir: Path, step: int) -> str:
     )
 
 
-def _init_in_words(layers: Any, select: str) -> str:
-    return (
-        f"layers {layers} of the teacher"
-        if isinstance(layers, list)
-        else f"{layers} of the teacher's layers ({select})"
-    )
+def _init_in_words(init: StudentInit) -> str:
+    from ray_kd.models import asked_widths
+
+    layers = init.layers
+    kept = f"layers {layers}" if isinstance(layers, list) else f"{layers} of the layers ({init.select})"
+    narrower = ", ".join(f"{name} {size}" for name, size in asked_widths(init).items())
+    return f"{kept} of the teacher{f', cut by activation to {narrower}' if narrower else ''}"
 
 
 def _one_line(text: str) -> str:

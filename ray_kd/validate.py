@@ -14,7 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ray_kd import cluster, plugins, storage
-from ray_kd.config import Loss, OneOfTeachers, RunConfig, Student, Teacher, Train, each_teacher
+from ray_kd.config import Loss, OneOfTeachers, RunConfig, Student, StudentInit, Teacher, Train, each_teacher
 from ray_kd.errors import ConfigError
 from ray_kd.payloads import HIDDEN_STATES, TOPK_LOGPROBS
 from ray_kd.payloads.topk_logprobs import MAX_DRAWS, WIRES
@@ -289,6 +289,14 @@ def _warn_without_effect(config: RunConfig) -> None:
         and f"a {plugins.kind_of(config.loss.divergence)} of logits is the same at any"
     )
     idle["loss.tail"] = is_dense and config.loss.tail != Loss.tail and f"teacher.payload={HIDDEN_STATES} leaves no tail"
+    init = config.student.init
+    idle["student.init.calibration_rows"] = (
+        init is not None
+        and init.calibration_rows != StudentInit.calibration_rows
+        and isinstance(init.layers, list)
+        and not models.asked_widths(init)
+        and "the layers are listed and keep their widths"
+    )
     joins = cluster.address(config) is not None
     is_elastic = isinstance(config.train.num_workers, list)
     idle["the range of train.num_workers"] = is_elastic and not joins and "a local Ray always has room for the most"
@@ -330,7 +338,7 @@ def _check_models(config: RunConfig) -> Models:
         ):
             logger.warning("teacher and student are the same model: the distillation loss starts at 0")
     elif config.student.init is not None:
-        _check_init(config.student.init.layers, config.student.init.select, teacher.num_hidden_layers)
+        _check_init(config.student.init, teacher)
     models.require_plain_head(student or teacher)  # a student made of the teacher's layers has its head
     for (one, _), model in zip(each_teacher(config), found, strict=True):
         _check_length(config.data.sequence_length, "teacher" if one is None else f"teacher '{one.name}'", model)
@@ -424,15 +432,19 @@ def _temperatures(config: RunConfig, engine: Any) -> list[float]:
     return [1, config.loss.temperature] if getattr(engine, "any_temperature", True) else [1]
 
 
-def _check_init(layers: Any, select: str, total: int) -> None:
-    from ray_kd.models import check_layers
+def _check_init(init: StudentInit, teacher: "PreTrainedConfig") -> None:
+    from ray_kd import models
 
+    _require(init.calibration_rows >= 1, "student.init.calibration_rows", init.calibration_rows, "1 or more")
+    layers, total = init.layers, teacher.num_hidden_layers
     if isinstance(layers, list):
-        check_layers(layers, total)
-        return
-    is_count = isinstance(layers, int) and not isinstance(layers, bool) and 1 <= layers <= total
-    _require(is_count, "student.init.layers", layers, f"1 to {total}, or a list of layer indices")
-    _require(select == "block_influence", "student.init.select", select, "block_influence")
+        models.check_layers(layers, total)
+    else:
+        is_count = isinstance(layers, int) and not isinstance(layers, bool) and 1 <= layers <= total
+        _require(is_count, "student.init.layers", layers, f"1 to {total}, or a list of layer indices")
+        _require(init.select == "block_influence", "student.init.select", init.select, "block_influence")
+    if asked := models.asked_widths(init):
+        models.check_widths(teacher, asked)
 
 
 def _check_length(sequence_length: int, name: str, model: "PreTrainedConfig") -> None:

@@ -5,6 +5,8 @@ load.py     load safely and quietly; compare vocabularies; Liger patches
 decoder.py  the decoder without its head, and the head
 head_folder.py  the head kept apart from its model
 layers.py   a student made of the teacher's layers
+widths.py   ... and narrower: which sizes, and what stays of each weight
+importance.py  what the teacher's neurons, heads and channels do
 """
 
 from ray_kd.models.decoder import (
@@ -24,6 +26,7 @@ from ray_kd.models.folder import (
     model_identity,
 )
 from ray_kd.models.head_folder import HeadShape, head_shape, load_head, save_head
+from ray_kd.models.importance import Importance, width_importance
 from ray_kd.models.layers import block_influence, check_layers, choose_layers, init_from_layers
 from ray_kd.models.load import (
     DTYPES,
@@ -34,18 +37,25 @@ from ray_kd.models.load import (
     quiet,
     torch_dtype,
 )
+from ray_kd.models.widths import Kept, Widths, asked_widths, check_widths, choose_widths
 
 __all__ = [
     "DTYPES",
     "HeadShape",
+    "Importance",
+    "Kept",
+    "Widths",
     "apply_liger",
+    "asked_widths",
     "atomic_folder",
     "base_causal_lm",
     "block_influence",
     "check_architecture",
     "check_layers",
     "check_model",
+    "check_widths",
     "choose_layers",
+    "choose_widths",
     "compare_vocabularies",
     "decoder_hidden",
     "decoder_of",
@@ -63,4 +73,5 @@ __all__ = [
     "require_plain_head",
     "save_head",
     "torch_dtype",
+    "width_importance",
 ]

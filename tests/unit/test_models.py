@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from ray_kd import models
 from ray_kd.errors import ConfigError
-from ray_kd.models import layers as layers_module
+from ray_kd.models.rows import real_tokens
 from tests.tiny import VOCAB_SIZE, tiny_llama, tiny_tokenizer
 
 BASE = {
@@ -320,7 +320,7 @@ def test_block_influence_is_one_minus_cos_over_real_tokens(llama: Path) -> None:
 def test_padding_is_a_last_document_of_one_id() -> None:
     ids = np.array([[5, 6, 7, 2, 2, 2], [5, 6, 7, 8, 2, 2], [2, 2, 2, 2, 2, 2], [5, 6, 5, 6, 5, 2]])
     positions = np.array([[0, 1, 2, 0, 1, 2], [0, 1, 2, 0, 1, 2], [0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5]])
-    assert layers_module._real_tokens(ids, positions).tolist() == [
+    assert real_tokens(ids, positions).tolist() == [
         [True] * 3 + [False] * 3,
         [True] * 6,
         [False] * 6,

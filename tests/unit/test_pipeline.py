@@ -50,7 +50,8 @@ def test_a_student_made_of_layers_may_lie_in_an_object_store(object_store, tmp_p
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     teacher = tiny_llama(tmp_path / "teacher", layers=4, seed=1)
     there = storage.path(f"{object_store.uri}/{uuid.uuid4().hex}/student_init/abc")
-    assert _make_student(str(teacher), None, [0, 3], "unused", str(there), 1, False) == [0, 3]
+    init = config.StudentInit(layers=[0, 3])
+    assert _make_student(str(teacher), None, init, "unused", str(there), 1, False) == [0, 3]
     student = models.load_causal_lm(str(there))
     assert student.config.num_hidden_layers == 2
     whole = models.load_causal_lm(str(teacher)).state_dict()

@@ -48,6 +48,35 @@ def test_what_is_right_passes_in_silence(load, warnings):
     assert warnings() == []
 
 
+@pytest.mark.parametrize(
+    "widths", ["intermediate_size=100", "hidden_size=32", "num_attention_heads=2", "num_key_value_heads=2"]
+)
+def test_a_narrower_student_passes(load, warnings, widths):
+    narrower = ("student.model=null", "student.init.layers=2", f"student.init.{widths}")
+    assert validate(load(*narrower, "student.init.calibration_rows=4")).student is None
+    assert warnings() == []
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("intermediate_size=129", r"^student\.init\.intermediate_size is 129: allowed is 1 to the teacher's 128$"),
+        ("num_attention_heads=3", r"^student\.init\.num_attention_heads is 3: allowed is 2 \| 4 with 2 KV heads"),
+        ("hidden_size=many", r"student\.init\.hidden_size.*'many'"),
+        ("calibration_rows=0", r"^student\.init\.calibration_rows is 0: allowed is 1 or more$"),
+    ],
+)
+def test_widths_that_cannot_be_are_one_line(load, override, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        validate(load("student.model=null", "student.init.layers=2", f"student.init.{override}"))
+    assert "\n" not in str(caught.value)
+
+
+def test_calibration_rows_are_for_what_is_measured(load, warnings):
+    validate(load("student.model=null", "student.init={layers: [0, 1], calibration_rows: 4}"))
+    assert warnings() == ["student.init.calibration_rows has no effect: the layers are listed and keep their widths"]
+
+
 @pytest.mark.parametrize("layers", ["1", "4", "[0]", "[1,3]"])
 def test_a_student_of_the_teachers_layers_passes(load, warnings, layers):
     assert validate(load("student.model=null", f"student.init.layers={layers}")).student is None
