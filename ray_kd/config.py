@@ -99,13 +99,16 @@ class TeacherModel:
 @dataclass
 class Teacher(TeacherModel):
     payload: str = "topk_logprobs"
-    """What it sends: topk_logprobs | hidden_states (2 bytes x width a token; exact over the whole vocabulary)."""
+    """What it sends: topk_logprobs | hidden_states (2 bytes x width a token; exact over the whole vocabulary) |
+    features (topk_logprobs, and the layers that the terms hidden_state and attention of the loss compare)."""
     top_k: int = 64
     """Log-probabilities kept per target token, the most likely first; vocabulary size = everything."""
     selection: str = "topk"
     """topk: the most likely tokens | sample: top_k draws from the teacher, unbiased (forward_kl with tail drop)."""
     wire: str = "plain"
     """How answers travel to the student: plain (fp16, least work) | compact (about half the bytes, for slow links)."""
+    max_bytes_per_token: int | None = None
+    """Most bytes of a token that the link to the student may carry, above which the run is refused. Default: any."""
     run_ahead_rows: int = 64
     """How many rows the teacher may be ahead of the student; bounds the object store and the work lost in a crash."""
     cache: Cache = field(default_factory=Cache)
@@ -161,12 +164,11 @@ class Loss:
     """forward_kl | reverse_kl | jsd | ..., as a name or {kind: jsd, beta: 0.3}."""
     tail: str = "bucket"
     """The mass outside the top k: bucket (one more outcome) | renormalize | drop (not for every divergence)."""
-    temperature: float = 1.0
-    """Softmax temperature of teacher and student; the loss carries its square."""
-    kd_weight: float = 1.0
-    """Weight of the distillation term."""
-    ce_weight: float = 0.0
-    """Weight of the cross-entropy with the labels."""
+    temperature: Any = 1.0
+    """Softmax temperature of teacher and student, a number or a schedule; the loss carries its square."""
+    terms: list[Any] = field(default_factory=lambda: [{"kind": "kd", "weight": 1.0}])
+    """What is summed: [{kind: kd | ce | hidden_state | attention, weight: 1.0, options of the kind}, ...]. A weight is
+    a number or a schedule: {schedule: constant | linear | cosine, start: 1.0, end: 0.1, steps: 500, from_step: 1}."""
     chunk_size: int = 256
     """Tokens per chunk of logits: the loss holds [chunk_size, vocabulary] at a time."""
 
@@ -289,11 +291,13 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
         except Exception as error:  # a YAML scanner error of whatever the user typed
             raise ConfigError(f"override '{override}' cannot be read: {str(error).splitlines()[0]}") from error
         assert isinstance(parsed, DictConfig)
-        for key in plugins.GROUPS:
+        for key in (*plugins.GROUPS, "loss.temperature"):
             _make_way(merged, parsed, key, override)
         where = f"override '{override}'"
         if isinstance(parsed.get("teachers"), DictConfig):
             _merge_into_list(merged, parsed.teachers, override)
+        elif isinstance(terms := OmegaConf.select(parsed, "loss.terms"), DictConfig):
+            _merge_into_terms(merged, terms, override)
         else:
             merged = _merge(merged, parsed, where)
     _settle_teachers(merged)
@@ -304,6 +308,7 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
     except OmegaConfBaseException as error:
         raise ConfigError(str(error).splitlines()[0]) from error
     assert isinstance(config, RunConfig)
+    _settle_loss(config.loss)
     _make_absolute(config)
     for place, one in enumerate(config.teachers):
         one.name = one.name or Path(one.model).name
@@ -354,6 +359,20 @@ def _settle_teachers(merged: DictConfig) -> None:
         if is_set and common[name] != first[name]:
             raise ConfigError(f"teacher.{name} and teachers are both set: set {name} in each of teachers")
         common[name] = first[name]
+
+
+def _settle_loss(loss: Loss) -> None:
+    """Write every way to say the same thing in one: a run's identity compares what is written."""
+    loss.temperature = _as_float(loss.temperature)
+    for place, term in enumerate(loss.terms):
+        if isinstance(term, str):
+            loss.terms[place] = term = {"kind": term}
+        if isinstance(term, dict):
+            term["weight"] = _as_float(term.get("weight", 1.0))
+
+
+def _as_float(value: Any) -> Any:
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 def _make_absolute(config: RunConfig) -> None:
@@ -462,28 +481,47 @@ def _misfit(base: DictConfig, update: DictConfig) -> str | None:
 
 def _merge_into_list(merged: DictConfig, update: DictConfig, override: str) -> None:
     """teachers.INDEX.KEY=VALUE."""
-    where = f"override '{override}'"
-    places = {str(place): place for place in range(len(merged.teachers))}
+    for index, given in _entries(merged.teachers, update, "teachers", override):
+        one = merged.teachers[index]
+        _make_way(one, given, "engine", override.split(f"teachers.{index}.", 1)[-1])
+        merged.teachers[index] = _merge(one, given, f"override '{override}'")
+
+
+def _merge_into_terms(merged: DictConfig, update: DictConfig, override: str) -> None:
+    """loss.terms.INDEX.KEY=VALUE, and loss.terms.INDEX={kind: ...} for another term in its place."""
+    terms = merged.loss.terms
+    for index, given in _entries(terms, update, "loss.terms", override):
+        one = OmegaConf.create({"kind": terms[index]}) if isinstance(terms[index], str) else terms[index]
+        if override.startswith(f"loss.terms.{index}=") or not isinstance(one, DictConfig):
+            one = OmegaConf.create({})
+        if override.startswith(f"loss.terms.{index}.weight="):
+            one.pop("weight", None)  # a schedule replaces another whole
+        terms[index] = _merge(one, given, f"override '{override}'")
+
+
+def _entries(known: Any, update: DictConfig, key: str, override: str) -> Iterator[tuple[int, DictConfig]]:
+    """(index, keys to set) for each entry of a list that an override KEY.INDEX.NAME=VALUE names."""
+    places = {str(place): place for place in range(len(known))}
     for index in map(str, update):
         if index not in places:
-            raise ConfigError(f"{where}: teachers has no entry {index}; allowed: {', '.join(places) or 'it is empty'}")
-        one, given = merged.teachers[places[index]], update[index]
+            allowed = ", ".join(places) or "it is empty"
+            raise ConfigError(f"override '{override}': {key} has no entry {index}; allowed: {allowed}")
+        given = update[index] if index in update else update[int(index)]
         if not isinstance(given, DictConfig):
             raise ConfigError(
-                f"{where}: teachers.{index} is {given!r}: allowed are its keys (teachers.{index}.KEY=VALUE)"
+                f"override '{override}': {key}.{index} is {given!r}: allowed are its keys ({key}.{index}.KEY=VALUE)"
             )
-        _make_way(one, given, "engine", override.split(f"teachers.{index}.", 1)[-1])
-        merged.teachers[places[index]] = _merge(one, given, where)
+        yield places[index], given
 
 
 def _make_way(merged: DictConfig, parsed: DictConfig, key: str, override: str) -> None:
-    """For a plug-in in an override of one key=value: as a mapping for its options, or as nothing for another one."""
+    """For a plug-in or schedule in an override of one key=value: a mapping for its options, or nothing for another."""
     # An option set on a plug-in that was given as a bare kind.
     if override.startswith(f"{key}.") and isinstance(kind := OmegaConf.select(merged, key), str):
         OmegaConf.update(merged, key, {"kind": kind})
     # One given whole replaces another with its options.
     given = OmegaConf.select(parsed, key) if override.startswith(f"{key}=") else None
-    if isinstance(given, DictConfig) and "kind" in given:
+    if isinstance(given, DictConfig) and ("kind" in given or "schedule" in given):
         OmegaConf.update(merged, key, None)
 
 

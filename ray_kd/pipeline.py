@@ -18,7 +18,19 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from ray_kd import checkpoint, cluster, launch, refusal, results, run_folder, schema, storage, summary, teacher_cache
+from ray_kd import (
+    checkpoint,
+    cluster,
+    launch,
+    objectives,
+    refusal,
+    results,
+    run_folder,
+    schema,
+    storage,
+    summary,
+    teacher_cache,
+)
 from ray_kd import config as configuration
 from ray_kd.config import Pool, RunConfig, StudentInit
 from ray_kd.data.order import SlotOrder
@@ -27,7 +39,7 @@ from ray_kd.errors import EXIT_BUG, EXIT_DONE, RayKDError, RetryableError
 from ray_kd.heldout import make_evaluate
 from ray_kd.layout import common_labels
 from ray_kd.locks import Held, Lost, driver_lock
-from ray_kd.payloads import HIDDEN_STATES, TOPK_LOGPROBS, hidden_states, topk_logprobs
+from ray_kd.payloads import FEATURES, HIDDEN_STATES, hidden_states, topk_logprobs
 from ray_kd.progress import Progress
 from ray_kd.teacher import deaths
 from ray_kd.teacher.cache import DISABLED, WRITE_THROUGH, Cache
@@ -364,11 +376,14 @@ def _teacher_payload(
 ) -> _TeacherPayload:  # fmt: skip
     """The payloads of the run. For hidden states the teacher is loaded once a run, to save its head."""
     teacher = config.teacher
-    if teacher.payload == TOPK_LOGPROBS:
-        part = teachers[0].part
+    if teacher.payload != HIDDEN_STATES:
+        part, request = teachers[0].part, teachers[0].request
         width = teacher.top_k if part is None else part.width
-        expected = Expected(TOPK_LOGPROBS, width, teachers[0].request.temperature)
-        return _TeacherPayload(teachers, expected, topk_logprobs.nbytes_per_token(width, vocab_size), None)
+        expected = Expected(teacher.payload, width, request.temperature, objectives.expected_features(config))
+        nbytes = topk_logprobs.nbytes_per_token(width, vocab_size)
+        if teacher.payload == FEATURES:
+            nbytes = objectives.planned_nbytes_per_token(config)
+        return _TeacherPayload(teachers, expected, nbytes, None)
     from ray_kd.models import head_shape
 
     folder = run_dir / run_folder.TEACHER_HEAD
@@ -388,7 +403,7 @@ def _teacher_payload(
             shape.dtype,
         )
     nbytes = hidden_states.nbytes_per_token(shape.width)
-    expected = Expected(HIDDEN_STATES, shape.width, config.loss.temperature)
+    expected = Expected(HIDDEN_STATES, shape.width, temperature=1.0)
     return _TeacherPayload(teachers, expected, nbytes, str(folder))
 
 
@@ -525,6 +540,8 @@ def _fit(
         student=config.student,
         train=options,
         loss_options=loss_options(config, payload.expected.temperature),
+        loss=config.loss,
+        make_features=objectives.features_of(config),
         seed=config.run.seed,
         expected=payload.expected,
         teacher_head=payload.head,
@@ -593,7 +610,9 @@ def _fit(
 def _stream_sizes(config: RunConfig, manifest: "Manifest", nbytes_per_token: int) -> tuple[int, int]:
     """(rows in a block of the stream, bytes of object store that bound the teacher's run-ahead)."""
     options, teacher = config.train, config.teacher
-    payload_nbytes = manifest.max_targets_per_row * nbytes_per_token
+    # Features may be sent of every token, attention of all before it.
+    has_features = teacher.payload == FEATURES
+    payload_nbytes = nbytes_per_token * (config.data.sequence_length if has_features else manifest.max_targets_per_row)
     row_nbytes = int(12 * config.data.sequence_length + payload_nbytes + 128)
     least, most = configuration.worker_range(options)
     processes = most + cluster.max_teachers(config)

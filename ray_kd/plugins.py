@@ -24,6 +24,7 @@ GROUPS = {
     "data.format": "data.formats",
     "teacher.engine": "teacher.engines",
     "loss.divergence": "losses.divergences",
+    "loss.terms": "losses.features",
 }
 """Config key -> the sub-package its kinds live in."""
 

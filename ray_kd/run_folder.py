@@ -38,7 +38,7 @@ _IDENTITY_KEYS = (
     "teacher.dtype", "teacher.wire", "teachers",
     "eval.max_rows", "eval.kl",
     "student.model", "student.revision", "student.init", "student.dtype",
-    "loss.divergence", "loss.tail", "loss.temperature", "loss.kd_weight", "loss.ce_weight",
+    "loss.divergence", "loss.tail", "loss.temperature", "loss.terms",
     "train.global_batch_size", "train.epochs", "train.max_steps", "train.learning_rate", "train.schedule",
     "train.warmup_steps", "train.weight_decay", "train.max_grad_norm",
 )  # fmt: skip

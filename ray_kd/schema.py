@@ -46,6 +46,35 @@ def target_positions(labels: NDArray[np.integer], position_ids: NDArray[np.integ
     return mask
 
 
+def real_positions(labels: NDArray[np.integer], position_ids: NDArray[np.integer]) -> NDArray[np.bool_]:
+    """Which positions are not padding, which is the last document of a row and the only one without a label.
+
+    labels, position_ids: [..., T], of prepared rows. Returns a mask [..., T].
+    """
+    document = (position_ids == 0).cumsum(axis=-1)
+    in_last = document == document[..., -1:]
+    is_padded = ~(in_last & (labels != IGNORED_LABEL)).any(axis=-1, keepdims=True)
+    return ~(in_last & is_padded)
+
+
+def causal_pairs(
+    is_chosen: NDArray[np.bool_], position_ids: NDArray[np.integer]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """What attends to what in one packed row: (query, key) positions, each [P].
+
+    is_chosen, position_ids: [T]. Both of a pair are chosen and of one document, the key is not after its query, and
+    pairs are in the order of their queries, then of their keys. n chosen positions of a document make n (n + 1) / 2.
+    """
+    document = (position_ids == 0).cumsum()
+    chosen = np.flatnonzero(is_chosen)
+    queries, keys = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    for own in np.split(chosen, np.flatnonzero(np.diff(document[chosen])) + 1):
+        query, key = np.tril_indices(len(own))
+        queries.append(own[query])
+        keys.append(own[key])
+    return np.concatenate(queries), np.concatenate(keys)
+
+
 def next_labels(labels: NDArray[np.integer]) -> NDArray[np.integer]:
     """labels [..., T] shifted so that entry t is the token that position t predicts; the last is -100."""
     shifted = np.full_like(labels, IGNORED_LABEL)

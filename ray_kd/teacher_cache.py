@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ray_kd import cluster, launch, run_folder, schema, storage
+from ray_kd import cluster, launch, objectives, run_folder, schema, storage
 from ray_kd.config import RunConfig
 from ray_kd.data.order import DUMMY_ROW, SlotOrder
 from ray_kd.data.prepared import PreparedData
@@ -34,9 +34,10 @@ def asked_of_teacher(config: RunConfig) -> Request:
     return Request(
         kind=config.teacher.payload,
         top_k=config.teacher.top_k,
-        temperature=config.loss.temperature,
+        temperature=objectives.payload_temperature(config),
         selection=config.teacher.selection,
         seed=config.run.seed,
+        features=objectives.asked_features(config),
     )
 
 
@@ -185,7 +186,7 @@ class _Filler:
 
     def __init__(self, spec: EngineSpec, cache: Cache, prepared: PreparedData, part: Part | None) -> None:
         self._cache, self._prepared, self._own = cache, prepared, rows_of(part, prepared)
-        self._engine: Engine = spec.build()
+        self._engine: Engine = spec.build(cache.contents.request)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         (start,), (stop,) = batch["start"], batch["stop"]

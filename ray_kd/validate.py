@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ray_kd import cluster, plugins, storage
+from ray_kd import cluster, objectives, plugins, schedules, storage
 from ray_kd.config import Loss, OneOfTeachers, RunConfig, Student, StudentInit, Teacher, Train, each_teacher
 from ray_kd.errors import ConfigError
-from ray_kd.payloads import HIDDEN_STATES, TOPK_LOGPROBS
+from ray_kd.payloads import FEATURES, HIDDEN_STATES, TOPK_LOGPROBS
 from ray_kd.payloads.topk_logprobs import MAX_DRAWS, WIRES
 from ray_kd.teacher.cache import DISABLED, MODES
 from ray_kd.teacher.engine import SAMPLE, SELECTIONS, TOPK
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 _CHOICES = {
     "teacher.cache.mode": MODES,
-    "teacher.payload": (TOPK_LOGPROBS, HIDDEN_STATES),
+    "teacher.payload": (TOPK_LOGPROBS, HIDDEN_STATES, FEATURES),
     "teacher.selection": SELECTIONS,
     "student.dtype": ("float32", "bfloat16", "float16"),
     "student.liger": ("auto", "never"),
@@ -42,7 +42,7 @@ _CHOICES = {
 _AT_LEAST = {
     "data.sequence_length": 2, "teacher.top_k": 1, "teacher.batch_size": 1, "teacher.batch_tokens": 1,
     "teacher.run_ahead_rows": 1, "teacher.threads": 1, "teacher.pool.min_actors": 1, "teacher.pool.max_actors": 1,
-    "teacher.pool.num_gpus": 0, "teacher.cache.file_rows": 1, "loss.chunk_size": 1,
+    "teacher.pool.num_gpus": 0, "teacher.cache.file_rows": 1, "loss.chunk_size": 1, "teacher.max_bytes_per_token": 1,
     "train.gpus_per_worker": 0, "train.micro_batch_size": 1, "train.global_batch_size": 1, "train.epochs": 1,
     "train.max_steps": 1, "train.warmup_steps": 0, "train.weight_decay": 0, "train.max_grad_norm": 0,
     "train.checkpoint_every": 0, "train.keep_checkpoints": 1, "train.eval_every": 0, "train.log_every": 1,
@@ -52,7 +52,6 @@ _AT_LEAST = {
 _POSITIVE = (
     "teacher.timeout_s", "teacher.pool.num_cpus", "train.cpus_per_worker", "train.resize_every_s",
     "train.learning_rate", "train.timeout_s",
-    "loss.temperature",
 )  # fmt: skip
 
 
@@ -191,12 +190,9 @@ def _check_combinations(config: RunConfig) -> None:
     if config.student.dtype == "float16" and train.gpus_per_worker == 0:
         logger.warning("student.dtype=float16 on CPU is slow and exists for tests; float32 or bfloat16 is better")
 
-    from ray_kd.losses.objective import make_objective
-
+    objectives.check_terms(config)
     loss = config.loss
-    is_dense = config.teacher.payload == HIDDEN_STATES
-    make_objective(loss.divergence, None if is_dense else loss.tail, loss.temperature, loss.kd_weight, loss.ce_weight)
-    if is_dense:
+    if config.teacher.payload == HIDDEN_STATES:
         from ray_kd.losses.tail import TAILS
 
         _require(loss.tail in TAILS, "loss.tail", loss.tail, " | ".join(TAILS))
@@ -213,8 +209,6 @@ def _check_combinations(config: RunConfig) -> None:
                 "allowed is forward_kl with drop, the only gradient that draws leave unbiased"
             )
         _require(config.teacher.top_k <= MAX_DRAWS, "teacher.top_k", config.teacher.top_k, f"1 to {MAX_DRAWS} draws")
-    if loss.kd_weight == 0 and loss.ce_weight == 0:
-        raise ConfigError("loss.kd_weight and loss.ce_weight are both 0: nothing would be trained")
 
 
 def _check_workers(train: Train) -> None:
@@ -284,7 +278,7 @@ def _warn_without_effect(config: RunConfig) -> None:
         and f"teacher.payload={HIDDEN_STATES} sends everything"
     )
     idle["loss.temperature"] = (
-        config.loss.temperature != 1
+        schedules.parse(config.loss.temperature, "loss.temperature").values != (1.0,)
         and make_objective(config.loss.divergence, tail=None).compares_logits
         and f"a {plugins.kind_of(config.loss.divergence)} of logits is the same at any"
     )
@@ -339,6 +333,7 @@ def _check_models(config: RunConfig) -> Models:
             logger.warning("teacher and student are the same model: the distillation loss starts at 0")
     elif config.student.init is not None:
         _check_init(config.student.init, teacher)
+    objectives.check_models(config, teacher, student)
     models.require_plain_head(student or teacher)  # a student made of the teacher's layers has its head
     for (one, _), model in zip(each_teacher(config), found, strict=True):
         _check_length(config.data.sequence_length, "teacher" if one is None else f"teacher '{one.name}'", model)
@@ -377,7 +372,7 @@ def _check_teacher(config: RunConfig, lends_layers: bool) -> "PreTrainedConfig":
     engine, _ = plugins.options("teacher.engines", teacher.engine, "teacher.engine")
     needs_weights = engine.Engine.is_local_model or lends_layers
     found = models.check_model(teacher.model, teacher.revision, "teacher", needs_weights)
-    needs_topk = teacher.payload == TOPK_LOGPROBS or _is_evaluated_by_topk(config, engine.Engine)
+    needs_topk = teacher.payload != HIDDEN_STATES or _is_evaluated_by_topk(config, engine.Engine)
     _require(not needs_topk or teacher.top_k <= found.vocab_size, "teacher.top_k", teacher.top_k,
              f"at most the teacher's vocabulary of {found.vocab_size}")  # fmt: skip
     return found
@@ -405,8 +400,8 @@ def _check_needs(config: RunConfig, engine: Any) -> None:
     needs: list[tuple[str, Any, Callable[[Any], list[Any]]]] = [("teacher.payload", config.teacher.payload, _payloads)]
     if config.teacher.payload != HIDDEN_STATES:
         needs.append(("teacher.selection", config.teacher.selection, _selections))
-        if config.loss.temperature != 1:
-            needs.append(("loss.temperature", config.loss.temperature, partial(_temperatures, config)))
+        if (temperature := objectives.payload_temperature(config)) != 1:
+            needs.append(("loss.temperature", temperature, partial(_temperatures, temperature)))
     for key, value, provided in needs:
         if value not in provided(engine):
             group = "teacher.engines"
@@ -428,8 +423,8 @@ def _selections(engine: Any) -> list[str]:
     return sorted(getattr(engine, "selections", {TOPK}))  # an engine of a third party may be older than the draws
 
 
-def _temperatures(config: RunConfig, engine: Any) -> list[float]:
-    return [1, config.loss.temperature] if getattr(engine, "any_temperature", True) else [1]
+def _temperatures(temperature: float, engine: Any) -> list[float]:
+    return [1, temperature] if getattr(engine, "any_temperature", True) else [1]
 
 
 def _check_init(init: StudentInit, teacher: "PreTrainedConfig") -> None:

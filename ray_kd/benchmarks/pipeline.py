@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from ray_kd import config as configuration
-from ray_kd import run_folder, teacher_cache
+from ray_kd import objectives, run_folder, teacher_cache
 from ray_kd.config import RunConfig
 from ray_kd.data.order import SlotOrder
 from ray_kd.data.prepared import PreparedData
@@ -239,23 +239,26 @@ def _student(work: Work, threads: int) -> Callable[[pa.Table], tuple[int, float]
     import torch
 
     from ray_kd import models
+    from ray_kd.losses.terms import Schedules, parse_terms
     from ray_kd.trainer.collate import collate
-    from ray_kd.trainer.step import DistillModule
+    from ray_kd.trainer.step import DistillModule, Scale
 
     torch.set_num_threads(threads)
     config = work.config()
     student = models.load_causal_lm(work.student_path, dtype=config.student.dtype)
     student.train()
-    module = DistillModule(student, loss_options(config, config.loss.temperature))
+    temperature = objectives.payload_temperature(config)
+    module = DistillModule(student, loss_options(config, temperature))
+    factors = Schedules.of(parse_terms(config.loss.terms), config.loss.temperature).at(1)
     optimizer = torch.optim.AdamW(module.parameters(), lr=config.train.learning_rate)
-    expected = Expected(config.teacher.payload, config.teacher.top_k, config.loss.temperature)
+    expected = Expected(config.teacher.payload, config.teacher.top_k, temperature)
     size = config.train.micro_batch_size
 
     def train(block: pa.Table) -> tuple[int, float]:
         micro_batches = [collate(block.slice(start, size), expected) for start in range(0, block.num_rows, size)]
         num_tokens = sum(len(m.labels) for m in micro_batches)
         for m in micro_batches:
-            module(m.input_ids, m.position_ids, m, num_tokens).backward()
+            module(m.input_ids, m.position_ids, m, Scale(num_tokens, factors)).backward()
         torch.nn.utils.clip_grad_norm_(module.parameters(), config.train.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()

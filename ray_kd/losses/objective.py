@@ -69,7 +69,7 @@ def make_objective(
             raise ConfigError(f"loss.{name}: {value} is not a positive number")
     for name, value in (("kd_weight", kd_weight), ("ce_weight", ce_weight)):
         if not (value >= 0 and math.isfinite(value)):
-            raise ConfigError(f"loss.{name}: {value} is negative or not finite")
+            raise ConfigError(f"{name}: {value} is negative or not finite")
     if payload_temperature != temperature and tail not in (None, "renormalize"):
         raise ConfigError(
             f"loss.tail: '{tail}' needs the teacher's log-probabilities at the loss's temperature {temperature}, "

@@ -4,6 +4,7 @@ folder.py   is a path or hub id usable, which model is it; atomic folders
 load.py     load safely and quietly; compare vocabularies; Liger patches
 decoder.py  the decoder without its head, and the head
 head_folder.py  the head kept apart from its model
+features.py what its layers compute: hidden states and attention maps
 layers.py   a student made of the teacher's layers
 widths.py   ... and narrower: which sizes, and what stays of each weight
 importance.py  what the teacher's neurons, heads and channels do
@@ -16,6 +17,13 @@ from ray_kd.models.decoder import (
     decoder_of,
     head_of,
     require_plain_head,
+)
+from ray_kd.models.features import (
+    DecoderOutputs,
+    attention_nbytes,
+    check_attention_support,
+    check_attentions,
+    decoder_outputs,
 )
 from ray_kd.models.folder import (
     atomic_folder,
@@ -41,6 +49,7 @@ from ray_kd.models.widths import Kept, Widths, asked_widths, check_widths, choos
 
 __all__ = [
     "DTYPES",
+    "DecoderOutputs",
     "HeadShape",
     "Importance",
     "Kept",
@@ -48,9 +57,12 @@ __all__ = [
     "apply_liger",
     "asked_widths",
     "atomic_folder",
+    "attention_nbytes",
     "base_causal_lm",
     "block_influence",
     "check_architecture",
+    "check_attention_support",
+    "check_attentions",
     "check_layers",
     "check_model",
     "check_widths",
@@ -59,6 +71,7 @@ __all__ = [
     "compare_vocabularies",
     "decoder_hidden",
     "decoder_of",
+    "decoder_outputs",
     "head_of",
     "head_shape",
     "init_from_layers",

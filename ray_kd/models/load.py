@@ -34,9 +34,11 @@ def load_causal_lm(
     dtype: str = "auto",
     device: str | torch.device = "cpu",
     device_map: str | Mapping[str, int | str] | None = None,
+    attn_implementation: str | None = None,
 ) -> "PreTrainedModel":
     """The model in eval mode on `device`, with sdpa attention where the architecture has it, else eager.
 
+    attn_implementation: of transformers, in place of that choice; "eager" is the one that gives attention maps.
     dtype: "auto" (as saved) | "float32" | "bfloat16" | "float16". device_map: spread over devices by accelerate, in
     place of `device`; "auto" and the like, or module -> device (https://huggingface.co/docs/accelerate). Input
     embeddings and head may then lie apart. Raises ConfigError when the weights cannot be read or do not fill the model:
@@ -55,7 +57,7 @@ def load_causal_lm(
                 dtype=torch_dtype(dtype),
                 use_safetensors=True,
                 trust_remote_code=False,
-                attn_implementation="sdpa" if architecture._supports_sdpa else "eager",
+                attn_implementation=attn_implementation or ("sdpa" if architecture._supports_sdpa else "eager"),
                 output_loading_info=True,
                 device_map=device_map,
             )

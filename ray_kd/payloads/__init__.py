@@ -6,9 +6,10 @@ of them takes, and `example(num_tokens, rng)`, which draws a payload for tests a
 The wire carries facts, not choices: renormalising and tail handling are options of the loss.
 """
 
+from ray_kd.payloads.features import Features, FeatureSpec
 from ray_kd.payloads.hidden_states import HiddenStates
 from ray_kd.payloads.topk_logprobs import TopKLogprobs
 
-TOPK_LOGPROBS, HIDDEN_STATES = "topk_logprobs", "hidden_states"
+TOPK_LOGPROBS, HIDDEN_STATES, FEATURES = "topk_logprobs", "hidden_states", "features"
 
-__all__ = ["HIDDEN_STATES", "TOPK_LOGPROBS", "HiddenStates", "TopKLogprobs"]
+__all__ = ["FEATURES", "HIDDEN_STATES", "TOPK_LOGPROBS", "FeatureSpec", "Features", "HiddenStates", "TopKLogprobs"]

@@ -36,7 +36,7 @@ class HiddenStates:
         """The wire form. Raises DataError for values that are NaN or infinite."""
         if wire not in WIRES:
             raise ValueError(f"wire is {wire!r}; allowed: {', '.join(WIRES)}")
-        _check_finite(self.bits)
+        check_finite(self.bits)
         body = np.ascontiguousarray(self.bits, dtype="<u2")
         return seal(_PLAIN, _VERSIONS[_PLAIN], _FIELDS.pack(*body.shape), [body.data] if body.size else [])
 
@@ -53,7 +53,7 @@ class HiddenStates:
             needed = HEADER_NBYTES + num_tokens * nbytes_per_token(width)
             raise DataError(f"hidden-states payload of {len(blob)} bytes; M={num_tokens} D={width} need {needed}")
         bits = np.frombuffer(body, "<u2").astype(np.uint16, copy=False).reshape(num_tokens, width)
-        _check_finite(bits)
+        check_finite(bits)
         return cls(bits)
 
 
@@ -68,7 +68,8 @@ def example(num_tokens: int, rng: np.random.Generator, width: int = 48) -> Hidde
     return HiddenStates((values.astype("<f4").view("<u4") >> 16).astype(np.uint16))
 
 
-def _check_finite(bits: np.ndarray) -> None:
+def check_finite(bits: np.ndarray) -> None:
+    """Raises DataError when bfloat16 values, by their bits, are NaN or infinite."""
     # Without the sign, an infinity is the least of what is not finite.
     if bits.size and int((bits & 0x7FFF).max()) >= _INFINITY:
         raise DataError("hidden states contain NaN or an infinite value")

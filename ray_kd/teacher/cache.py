@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 
 from ray_kd import schema, storage
 from ray_kd.errors import ConfigError, DataError
-from ray_kd.payloads import HIDDEN_STATES, TOPK_LOGPROBS, HiddenStates, TopKLogprobs
+from ray_kd.payloads import FEATURES, HIDDEN_STATES, TOPK_LOGPROBS, Features, FeatureSpec, HiddenStates, TopKLogprobs
 from ray_kd.teacher.engine import SAMPLE, Request
 
 logger = logging.getLogger(__name__)
@@ -58,9 +58,10 @@ _FILES_OPEN = 64
 _REFRESH_SHARE = 0.05
 """Of the time at most goes to looking for the files of others."""
 _MERGED_NBYTES = 64 * 2**20
-_PAYLOADS: dict[str, type[TopKLogprobs] | type[HiddenStates]] = {
+_PAYLOADS: dict[str, type[TopKLogprobs] | type[HiddenStates] | type[Features]] = {
     TOPK_LOGPROBS: TopKLogprobs,
     HIDDEN_STATES: HiddenStates,
+    FEATURES: Features,
 }
 
 
@@ -89,6 +90,8 @@ class Contents:
     temperature: float | None
     selection: str | None
     seed: int | None
+    features: str | None = None
+    """Of kind features: which, as `FeatureSpec.to_json` writes them."""
     version: int = VERSION
 
     @classmethod
@@ -104,12 +107,15 @@ class Contents:
             temperature=request.temperature if is_topk else None,
             selection=request.selection if is_topk else None,
             seed=request.seed if is_topk and request.selection == SAMPLE else None,
+            features=None if request.features is None else request.features.to_json(),
         )  # fmt: skip
 
     @property
     def digest(self) -> str:
         """Stands in every file, so that none is read beside another manifest. The teacher's name is not part of it."""
         named = asdict(self) | {"model": None}
+        if self.features is None:  # caches that are older than features have none, and stay what they are
+            del named["features"]
         return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:32]
 
     @property
@@ -120,13 +126,14 @@ class Contents:
             "temperature": self.temperature,
             "selection": self.selection,
             "seed": self.seed,
+            "features": None if self.features is None else FeatureSpec.from_json(self.features),
         }
         return Request(self.payload, **{name: value for name, value in known.items() if value is not None})
 
     def mismatch(self, asked: "Contents", any_temperature: bool) -> str | None:
         """Why answers like these cannot stand for those that are asked for; None when they can.
 
-        A larger K is cut down, but not of draws. any_temperature: whether the loss can use one that is not its own.
+        A larger K is cut down, but not of draws, nor beside features. any_temperature: whether the loss can use one that is not its own.
         """
         if self.version != asked.version:
             return f"it is of version {self.version}, this code reads {asked.version}"
@@ -135,7 +142,18 @@ class Contents:
                 f"its answers are of another teacher: {_named(self.model, self.revision, self.teacher)}, "
                 f"not {_named(asked.model, asked.revision, asked.teacher)}"
             )
-        for name in ("tokenizer", "data", "num_rows", "dtype", "engine", "wire", "payload", "selection", "seed"):
+        for name in (
+            "tokenizer",
+            "data",
+            "num_rows",
+            "dtype",
+            "engine",
+            "wire",
+            "payload",
+            "selection",
+            "seed",
+            "features",
+        ):
             held, wanted = getattr(self, name), getattr(asked, name)
             if held != wanted:
                 return f"its {name} is {held}, not {wanted}"
@@ -147,6 +165,8 @@ class Contents:
         if self.top_k is not None and asked.top_k is not None and self.top_k != asked.top_k:
             if self.selection == SAMPLE:
                 return f"its answers are {self.top_k} draws, which cannot be made {asked.top_k}"
+            if self.payload == FEATURES:
+                return f"its answers have K = {self.top_k} tokens, not teacher.top_k={asked.top_k}"
             if self.top_k < asked.top_k:
                 return f"its answers have K = {self.top_k} tokens, less than teacher.top_k={asked.top_k}"
         return None

@@ -4,7 +4,8 @@ An engine file holds a dataclass `Config` with its options and a class `Engine`,
 
     Engine(config, model=..., revision=..., dtype=..., device="cpu" | "cuda", batch_size=...)
 
-with batch_tokens=... as well where it `takes_batch_tokens`. It shifts and masks at its own edge: a payload has one
+with batch_tokens=... as well where it `takes_batch_tokens`, and with returns_attention=True where it provides features
+and requests will ask for attention. It shifts and masks at its own edge: a payload has one
 entry per `schema.target_positions`, in order. Rows of weight 0 (dummies) never reach an engine.
 """
 
@@ -15,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ray_kd.payloads import HIDDEN_STATES, TOPK_LOGPROBS
+from ray_kd.payloads import FEATURES, HIDDEN_STATES, TOPK_LOGPROBS, FeatureSpec
 
 TOPK, SAMPLE = "topk", "sample"
 SELECTIONS = (TOPK, SAMPLE)
@@ -39,6 +40,13 @@ class Request:
     """topk: the most likely tokens | sample: tokens drawn from the distribution (`draws.py`)."""
     seed: int = 0
     """Of the draws. They depend on it, the row_id and the position, on nothing else."""
+    features: FeatureSpec | None = None
+    """For features alone: which, beside top-k log-probabilities, which all of the above is of then."""
+
+    @property
+    def needs_attention(self) -> bool:
+        """Whether an engine has to be built for it."""
+        return self.kind == FEATURES and self.features is not None and bool(self.features.attention_layers)
 
 
 @dataclass(frozen=True)
@@ -128,6 +136,10 @@ def check_request(
         raise ValueError(f"the engine provides {', '.join(sorted(provides))}, not '{request.kind}'")
     if request.kind == HIDDEN_STATES:
         return
+    if (request.kind == FEATURES) != (request.features is not None):
+        raise ValueError(
+            f"features are {request.features} with kind '{request.kind}'; allowed: with '{FEATURES}' alone"
+        )
     if request.selection not in selections:
         raise ValueError(f"the engine selects by {', '.join(sorted(selections))}, not '{request.selection}'")
     if not 1 <= request.top_k <= vocab_size:

@@ -85,13 +85,23 @@ def parts(
     if (total == 0).any():
         alone = [repr(route) for route, sum_ in zip(found, total, strict=True) if sum_ == 0]
         raise ConfigError(f"teachers: none has the rows of {', '.join(alone[:5])}; they take {_in_words(names, rows)}")
-    most = int((weight > 0).sum(axis=0).max())
-    # One less than the vocabulary: with all of it there would be no tail, which the teachers may well have.
-    width = top_k if most == 1 or top_k == vocab_size else min(most * top_k, vocab_size - 1)
+    width = _width(int((weight > 0).sum(axis=0).max()), top_k, vocab_size)
     return [
         Part(name, weight[place] / total, width, is_last=weight[place + 1 :].sum(axis=0) == 0)
         for place, name in enumerate(names)
     ]
+
+
+def mixed_width(rows: Sequence[Sequence[str] | None], top_k: int, vocab_size: int) -> int:
+    """The most tokens a position in the mixed answers, whatever routes the data has; rows: as of `parts`."""
+    named = {route for own in rows for route in own or []}
+    most = [sum(own is None or route in own for own in rows) for route in named]
+    return _width(max([1, sum(own is None for own in rows), *most]), top_k, vocab_size)
+
+
+def _width(most: int, top_k: int, vocab_size: int) -> int:
+    # One less than the vocabulary: with all of it there would be no tail, which the teachers may well have.
+    return top_k if most == 1 or top_k == vocab_size else min(most * top_k, vocab_size - 1)
 
 
 def parts_of(config: RunConfig, routes: Sequence[str], vocab_size: int) -> "list[Part | None]":

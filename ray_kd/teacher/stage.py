@@ -70,14 +70,15 @@ class EngineSpec:
         engine = "hf" if module.Engine.is_local_model else self.engine
         return replace(self, engine=engine, num_gpus=int(on_gpu))
 
-    def build(self) -> Engine:
-        """Construct the engine; loads the teacher."""
+    def build(self, request: Request | None = None) -> Engine:
+        """Construct the engine; loads the teacher. request: what it will be asked, where that has to be known by then."""
         import torch
 
         torch.set_num_threads(self.threads)
         module, config = plugins.options("teacher.engines", self.engine, "teacher.engine")
         # One of a third party may be older than these.
         more = {"batch_tokens": self.batch_tokens} if getattr(module.Engine, "takes_batch_tokens", False) else {}
+        more |= {"returns_attention": True} if request is not None and request.needs_attention else {}
         more |= {"is_spread": self.num_gpus > 1} if getattr(module.Engine, "spreads", False) else {}
         return module.Engine(
             config,
@@ -238,7 +239,7 @@ class TeacherStage:
         if self._built is None:
             if self._spec is None:
                 raise RetryableError("a row that was in the teacher cache is not there any more: it will be computed")
-            self._built = self._spec.build()
+            self._built = self._spec.build(self._request)
         return self._built
 
     def _look_up(self, row_ids: np.ndarray, places: np.ndarray, payloads: list[bytes]) -> np.ndarray:

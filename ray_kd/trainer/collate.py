@@ -16,7 +16,8 @@ import torch
 from numpy.typing import NDArray
 
 from ray_kd import schema
-from ray_kd.payloads import HIDDEN_STATES, TOPK_LOGPROBS, HiddenStates, TopKLogprobs
+from ray_kd.losses.feature_batch import FeatureBatch
+from ray_kd.payloads import HIDDEN_STATES, TOPK_LOGPROBS, Features, HiddenStates, TopKLogprobs
 
 if TYPE_CHECKING:
     from ray_kd.trainer.feed import Expected
@@ -30,7 +31,8 @@ class MicroBatch:
     position_ids: torch.Tensor  # int64 [B, T]
     targets: torch.Tensor  # int64 [M], indices into the flattened [B * T] positions
     labels: torch.Tensor  # int64 [M], the token each target position predicts
-    teacher: dict[str, torch.Tensor]  # what the teacher said, by the names of the loss's arguments
+    teacher: dict[str, torch.Tensor]  # what the teacher said, by the names of the fused loss's arguments
+    features: FeatureBatch | None  # what it sent for feature terms
     slots: NDArray[np.int64]  # [B]
     row_ids: NDArray[np.int64]  # [B], -1 for dummies
     errors: list[str]  # [B], why the teacher's answer was refused, "" when it was not
@@ -53,9 +55,17 @@ def collate(rows: pa.Table, expected: "Expected") -> MicroBatch:
 
     payloads = rows.column(schema.TEACHER_PAYLOAD).to_pylist()
     used = np.flatnonzero(weight > 0)
-    teacher = _TEACHER[expected.payload](
-        [payloads[place] for place in used], is_target[used].sum(axis=1).tolist(), expected
-    )
+    blobs, counts = [payloads[place] for place in used], is_target[used].sum(axis=1).tolist()
+    features = None
+    if expected.features is None:
+        teacher = _TEACHER[expected.payload](blobs, counts, expected)
+    else:
+        decoded = [Features.decode(blob) for blob in blobs]
+        teacher = _topk([payload.topk for payload in decoded], counts, expected)
+        features = FeatureBatch.of(
+            expected.features.spec, decoded, labels, position_ids, used,
+            width=expected.features.width, num_heads=expected.features.num_heads,
+        )  # fmt: skip
 
     targets = np.flatnonzero(is_target.reshape(-1))
     return MicroBatch(
@@ -64,6 +74,7 @@ def collate(rows: pa.Table, expected: "Expected") -> MicroBatch:
         targets=torch.from_numpy(targets),
         labels=torch.from_numpy(schema.next_labels(labels).reshape(-1)[targets].astype(np.int64)),
         teacher=teacher,
+        features=features,
         slots=columns[schema.SLOT],
         row_ids=columns[schema.ROW_ID],
         errors=rows.column(schema.TEACHER_ERROR).to_pylist(),
@@ -73,11 +84,14 @@ def collate(rows: pa.Table, expected: "Expected") -> MicroBatch:
     )
 
 
-def _topk(blobs: list[bytes], counts: list[int], expected: "Expected") -> dict[str, torch.Tensor]:
-    """teacher_ids int64 [M, K], and teacher_logprobs float32 [M, K]: full vocabulary, at the loss's temperature."""
+def _decoded_topk(blobs: list[bytes], counts: list[int], expected: "Expected") -> dict[str, torch.Tensor]:
+    return _topk([TopKLogprobs.decode(blob) for blob in blobs], counts, expected)
+
+
+def _topk(payloads: list[TopKLogprobs], counts: list[int], expected: "Expected") -> dict[str, torch.Tensor]:
+    """teacher_ids int64 [M, K], and teacher_logprobs float32 [M, K]: full vocabulary, at the expected temperature."""
     ids, logprobs = [np.empty((0, expected.width), np.int64)], [np.empty((0, expected.width), np.float32)]
-    for blob, count in zip(blobs, counts, strict=True):
-        payload = TopKLogprobs.decode(blob)
+    for payload, count in zip(payloads, counts, strict=True):
         if payload.temperature != expected.temperature:
             raise ValueError(f"payload at temperature {payload.temperature}, the loss is at {expected.temperature}")
         _check_shape(payload.ids.shape, count, expected)
@@ -100,7 +114,7 @@ def _hidden(blobs: list[bytes], counts: list[int], expected: "Expected") -> dict
 
 
 _TEACHER: dict[str, Callable[[list[bytes], list[int], "Expected"], dict[str, torch.Tensor]]] = {
-    TOPK_LOGPROBS: _topk,
+    TOPK_LOGPROBS: _decoded_topk,
     HIDDEN_STATES: _hidden,
 }
 """Payload kind -> decoded payloads of some rows, one behind the other, given how many targets each row has."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ray_kd.errors import RetryableError
+from ray_kd.payloads import FeatureSpec
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -21,15 +22,28 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class ExpectedFeatures:
+    """What the feature terms expect of every payload."""
+
+    spec: FeatureSpec
+    width: int
+    """D, of the teacher's hidden states."""
+    num_heads: int
+    """Of the teacher; 0 without attention."""
+
+
+@dataclass(frozen=True)
 class Expected:
     """What the loss expects of every payload."""
 
     payload: str
-    """Kind: topk_logprobs or hidden_states."""
+    """Kind: topk_logprobs, hidden_states or features."""
     width: int
     """K log-probabilities, or the width D of the teacher's hidden states."""
     temperature: float
-    """The loss's, which log-probabilities must have been taken at."""
+    """Which log-probabilities must have been taken at."""
+    features: ExpectedFeatures | None = None
+    """What a payload of features has beside its log-probabilities."""
 
 
 _QUEUED_MICRO_BATCHES = 4  # decoded ahead of the step; more would add to the run-ahead, and hide nothing

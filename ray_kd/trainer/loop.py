@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray_kd import refusal, storage
-from ray_kd.config import RunConfig, Student, Train
+from ray_kd.config import Loss, RunConfig, Student, Train
 from ray_kd.errors import ConfigError
 from ray_kd.locks import Held, writer_lock
-from ray_kd.payloads import TOPK_LOGPROBS
+from ray_kd.payloads import HIDDEN_STATES
 from ray_kd.trainer.feed import Expected, Feed
 from ray_kd.trainer.schedule import learning_rate
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
+    from ray_kd.losses.features import Term
     from ray_kd.trainer.collate import MicroBatch
     from ray_kd.trainer.ledger import Ledger
     from ray_kd.trainer.step import StepResult
@@ -53,6 +54,10 @@ class TrainSpec:
     student: Student
     train: Train
     loss_options: dict[str, Any]  # keyword arguments of fused_linear_kd_loss, or of its dense sister
+    loss: Loss
+    """Its terms and temperature, which change over the steps."""
+    make_features: "Callable[[], dict[str, Term]]"
+    """Finds the layers of the feature terms, in the worker: what it returns imports torch."""
     seed: int
     expected: Expected
     """Of every payload of the stream."""
@@ -94,6 +99,7 @@ def train(spec: TrainSpec) -> None:
 def _train(spec: TrainSpec, feed: Feed, held: Held, rank: int, world: int) -> None:
     import torch
 
+    from ray_kd.losses.terms import Schedules, parse_terms
     from ray_kd.trainer import zero
     from ray_kd.trainer.notice import Notice
     from ray_kd.trainer.saver import Saver
@@ -109,6 +115,7 @@ def _train(spec: TrainSpec, feed: Feed, held: Held, rank: int, world: int) -> No
     if evaluate is not None and first_step == 1:
         _evaluate_before(run_dir, engine, evaluate, rank)
 
+    schedules = Schedules.of(parse_terms(spec.loss.terms), spec.loss.temperature)
     saver = Saver(run_dir / CHECKPOINTS, engine, options, spec.config_yaml, held, saved_step=first_step - 1)
     notice = Notice()
     with _Recorder(run_dir, first_step, rank) as recorder:
@@ -123,7 +130,7 @@ def _train(spec: TrainSpec, feed: Feed, held: Held, rank: int, world: int) -> No
             zero.set_learning_rate(engine, rate)
             stop = any(flag.is_set() for flag in stop_flags)
             flags = Flags(stop=stop, is_written=saver.is_written, ask_for_notice=notice.is_due())
-            result = train_step(engine, micro_batches, device, flags)
+            result = train_step(engine, micro_batches, device, flags, schedules.at(step))
             _check_all_slots(result.slots, step, options.global_batch_size)
             if result.has_refused:
                 _quarantine_refused(run_dir, micro_batches, rank)
@@ -134,7 +141,7 @@ def _train(spec: TrainSpec, feed: Feed, held: Held, rank: int, world: int) -> No
 
             is_last = step == spec.num_steps or result.flags.stop > 0
             is_noticed = result.flags.ask_for_notice > 0 and notice.is_new()
-            metrics = _metrics(step, result, rate, wait_s, spec)
+            metrics = _metrics(step, result, rate, wait_s, spec) | schedules.metrics(step)
             is_evaluated = evaluate is not None and _is_due(step, options.eval_every, spec.num_steps)
             if evaluate is not None and is_evaluated:
                 metrics |= {f"eval/{name}": value for name, value in evaluate(engine).items()}
@@ -159,14 +166,12 @@ def _train(spec: TrainSpec, feed: Feed, held: Held, rank: int, world: int) -> No
 
 
 def loss_options(config: RunConfig, payload_temperature: float) -> dict[str, Any]:
-    """Keyword arguments of `fused_linear_kd_loss`, or of its dense sister; payload_temperature: the teacher's."""
+    """Keyword arguments of `fused_linear_kd_loss`, or of its dense sister, but for those that may change over the
+    steps: temperature and weights. payload_temperature: the teacher's."""
     loss = config.loss
     of_topk = {"tail": loss.tail, "payload_temperature": payload_temperature}
-    return (of_topk if config.teacher.payload == TOPK_LOGPROBS else {}) | {
+    return ({} if config.teacher.payload == HIDDEN_STATES else of_topk) | {
         "divergence": loss.divergence,
-        "temperature": loss.temperature,
-        "kd_weight": loss.kd_weight,
-        "ce_weight": loss.ce_weight,
         "chunk_size": loss.chunk_size,
     }
 
@@ -186,16 +191,24 @@ def _build_engine(spec: TrainSpec, rank: int, world: int) -> tuple[Any, "torch.d
     options = spec.train
     device = ray.train.torch.get_device() if options.gpus_per_worker > 0 else torch.device("cpu")
     torch.manual_seed(spec.seed + rank)  # dropout differs between ranks
-    student = models.load_causal_lm(spec.student_path, revision=spec.student.revision, dtype="float32")
+    features = spec.make_features()
+    looks_at_attention = any(term.attention_layers for term in features.values())
+    student = models.load_causal_lm(
+        spec.student_path, revision=spec.student.revision, dtype="float32",
+        attn_implementation="eager" if looks_at_attention else None,
+    )  # fmt: skip
     models.check_architecture(student)
+    if looks_at_attention:
+        models.check_attentions(student)
     student.train()
     if spec.student.gradient_checkpointing:
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if spec.student.liger == "auto" and device.type == "cuda":
         models.apply_liger(student)
     teacher_head = None if spec.teacher_head is None else models.load_head(spec.teacher_head, device)
+    module = DistillModule(student, spec.loss_options, teacher_head, features, spec.seed)
     engine = zero.initialize(
-        DistillModule(student, spec.loss_options, teacher_head),
+        module,
         zero.deepspeed_config(
             zero_stage=options.zero_stage,
             micro_batch_size=options.micro_batch_size,
@@ -208,6 +221,7 @@ def _build_engine(spec: TrainSpec, rank: int, world: int) -> tuple[Any, "torch.d
         learning_rate=options.learning_rate,
         weight_decay=options.weight_decay,
         on_gpu=device.type == "cuda",
+        learning_rates=module.learning_rates,
     )
     return engine, device
 
@@ -320,10 +334,7 @@ def _metrics(step: int, result: "StepResult", rate: float, wait_s: float, spec: 
         "step": step,
         "time": time.time(),
         "epoch": start // spec.num_rows,
-        "train/loss": result.metrics["loss"],
-        "train/kd_loss": result.metrics["kd_loss"],
-        "train/ce_loss": result.metrics["ce_loss"],
-        "train/top1_agreement": result.metrics["top1_agreement"],
+        **{f"train/{name}": value for name, value in result.metrics.items() if name != "teacher_topk_mass"},
         "train/grad_norm": result.grad_norm,
         "train/learning_rate": rate,
         "train/is_applied": result.is_applied,

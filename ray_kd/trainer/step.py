@@ -1,12 +1,12 @@
 """One optimiser step: fetch, count tokens, micro-batches, clip, step. And the module DeepSpeed wraps.
 
-Sums over tokens are divided once, by the global number of valid tokens of the step (all ranks, all micro-batches),
-inside the loss; `zero.backward` holds the only compensation for DeepSpeed's averaging.
+Sums are divided once, by what they count in the whole step (all ranks, all micro-batches: its valid tokens, or what a
+feature term says), inside the loss; `zero.backward` holds the only compensation for DeepSpeed's averaging.
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,8 @@ from torch import nn
 from ray_kd import models
 from ray_kd.head import Head
 from ray_kd.losses import LossOutput, fused_linear_dense_kd_loss, fused_linear_kd_loss
+from ray_kd.losses.features import Term
+from ray_kd.losses.terms import CE, KD, Factors, loss_name
 from ray_kd.trainer import zero
 
 if TYPE_CHECKING:
@@ -30,41 +32,112 @@ METRICS = ("loss", "kd_loss", "ce_loss", "teacher_topk_mass", "top1_agreement")
 class DistillModule(nn.Module):
     """Student decoder without its head, then the fused loss on `lm_head.weight`: [B, T, V] never exists.
 
-    loss_options: keyword arguments of `fused_linear_kd_loss` (divergence, tail, temperature, weights, chunk_size).
+    loss_options: keyword arguments of `fused_linear_kd_loss` (divergence, tail, payload_temperature, chunk_size).
     teacher_head: for a teacher that sends hidden states, on the student's device; then `fused_linear_dense_kd_loss` is
     the loss, which has no tail. It is none of the module's parameters: nothing partitions, trains or saves it.
+    features: the terms that compare what is inside the models, by name. Their projectors are parameters of this module
+    and not of the student, drawn from the seed alone, in float32.
     """
 
-    def __init__(self, student: nn.Module, loss_options: dict[str, Any], teacher_head: Head | None = None) -> None:
+    def __init__(
+        self, student: nn.Module, loss_options: dict[str, Any], teacher_head: Head | None = None,
+        features: Mapping[str, Term] | None = None, seed: int = 0,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.student = student
         self._loss: Callable[..., LossOutput] = partial(fused_linear_kd_loss, **loss_options)
         if teacher_head is not None:
             self._loss = partial(fused_linear_dense_kd_loss, teacher_head=teacher_head, **loss_options)
+        self.features = dict(features or {})
+        self.projectors = nn.ModuleDict(
+            {
+                name: term.projectors.make(seed + place)
+                for place, (name, term) in enumerate(self.features.items())
+                if term.projectors is not None
+            }
+        )
+        self._hidden_layers = _union(term.hidden_layers for term in self.features.values())
+        self._attention_layers = _union(term.attention_layers for term in self.features.values())
         self.metrics: dict[str, torch.Tensor] = {}
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """Of the sums that `forward` leaves in `metrics`."""
+        return METRICS + tuple(loss_name(name) for name in self.features)
+
+    @property
+    def learning_rates(self) -> dict[str, float]:
+        """Prefix of the names of parameters -> their peak learning rate, where it is one of their own."""
+        return {
+            f"projectors.{name}.": term.projectors.learning_rate
+            for name, term in self.features.items()
+            if term.projectors is not None and term.projectors.learning_rate is not None
+        }
 
     def forward(
         self,
         input_ids: torch.Tensor,
         position_ids: torch.Tensor,
         micro_batch: "MicroBatch | None" = None,
-        num_valid_tokens: int = 1,
+        scale: "Scale | None" = None,
     ) -> torch.Tensor:
         """The micro-batch's share of the step's loss (a scalar), or without targets the hidden states [B, T, H]."""
-        hidden = models.decoder_hidden(self.student, input_ids, position_ids)
         if micro_batch is None:
-            return hidden
+            return models.decoder_hidden(self.student, input_ids, position_ids)
+        assert scale is not None, "targets come with what their sums are divided by"
+        outputs = models.decoder_outputs(
+            self.student, input_ids, position_ids, self._hidden_layers, self._attention_layers
+        )
+        hidden = outputs.last
         head = models.base_causal_lm(self.student).get_output_embeddings()
         out = self._loss(
             hidden.flatten(0, 1)[micro_batch.targets.to(hidden.device)],
             head.weight,
             labels=micro_batch.labels.to(hidden.device),
             lm_head_bias=head.bias,
-            num_valid_tokens=num_valid_tokens,
+            num_valid_tokens=scale.num_valid_tokens,
+            temperature=scale.factors.temperature,
+            kd_weight=scale.factors.weight(KD),
+            ce_weight=scale.factors.weight(CE),
             **{name: tensor.to(hidden.device) for name, tensor in micro_batch.teacher.items()},
         )
-        self.metrics = {**out.metrics, "loss": out.loss.detach()}
-        return out.loss
+        loss, self.metrics = out.loss, dict(out.metrics)
+        for name, value in self._feature_losses(outputs, micro_batch, scale):
+            loss = loss + scale.factors.weight(name) * value
+            self.metrics[loss_name(name)] = value.detach()
+        self.metrics["loss"] = loss.detach()
+        return loss
+
+    def _feature_losses(
+        self, outputs: models.DecoderOutputs, micro_batch: "MicroBatch", scale: "Scale"
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, this micro-batch's sum over the step's count) of each feature term."""
+        if not self.features:
+            return
+        assert micro_batch.features is not None, "the payload has no features: validate refuses it"
+        batch = micro_batch.features.to(outputs.last.device)
+        hidden = dict(zip(self._hidden_layers, outputs.hidden, strict=True))
+        attentions = dict(zip(self._attention_layers, outputs.attentions, strict=True))
+        for name, term in self.features.items():
+            chosen = [hidden[layer] for layer in term.hidden_layers]
+            chosen += [attentions[layer] for layer in term.attention_layers]
+            projectors: Any = self.projectors[name] if term.projectors is not None else None
+            yield name, term(chosen, batch, projectors) / max(1, scale.counts[name])
+
+
+def _union(layers: Iterable[Sequence[int]]) -> tuple[int, ...]:
+    return tuple(sorted({layer for some in layers for layer in some}))
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What the sums of a micro-batch are weighed by and divided by, the same for all of a step."""
+
+    num_valid_tokens: int
+    """Of the global batch, at least 1."""
+    factors: Factors
+    counts: Mapping[str, int] = field(default_factory=dict)
+    """Name of a feature term -> what it counts, over the global batch."""
 
 
 @dataclass(frozen=True)
@@ -110,28 +183,33 @@ class Flags:
 
 
 def train_step(
-    engine: Any, micro_batches: Sequence["MicroBatch"], device: torch.device, flags: Flags
+    engine: Any, micro_batches: Sequence["MicroBatch"], device: torch.device, flags: Flags, factors: Factors
 ) -> StepResult:  # fmt: skip
-    """Train one global batch. A collective: every rank calls it with the same number of micro-batches."""
-    valid, tokens, nbytes, busy_s, *counts = all_reduce(
+    """Train one global batch. A collective: every rank calls it with the same number of micro-batches.
+
+    factors: the step's, of `Schedules.at`.
+    """
+    features: Mapping[str, Term] = engine.module.features
+    num_flags = len(astuple(flags))
+    valid, tokens, nbytes, busy_s, *rest = all_reduce(
         [
             sum(len(m.labels) for m in micro_batches),
             sum(m.num_tokens for m in micro_batches),
             sum(m.payload_nbytes for m in micro_batches),
             sum(m.teacher_busy_s for m in micro_batches),
             *astuple(flags),
+            *(sum(term.count(m.features) for m in micro_batches) for term in features.values()),
         ],
         device,
     )
-    num_valid_tokens = max(1, int(valid))
+    counts = dict(zip(features, map(int, rest[num_flags:]), strict=True))
+    scale = Scale(max(1, int(valid)), factors, counts)
 
-    sums = dict.fromkeys(METRICS, 0.0)
+    sums = dict.fromkeys(engine.module.metric_names, 0.0)
     for micro_batch in micro_batches:
-        loss = engine(
-            micro_batch.input_ids.to(device), micro_batch.position_ids.to(device), micro_batch, num_valid_tokens
-        )
+        loss = engine(micro_batch.input_ids.to(device), micro_batch.position_ids.to(device), micro_batch, scale)
         zero.backward(engine, loss, dist.get_world_size())
-        for name in METRICS:
+        for name in sums:
             sums[name] = sums[name] + engine.module.metrics[name].detach().double()
     totals = dict(zip(sums, all_reduce([float(value) for value in sums.values()], device), strict=True))
     grad_norm, is_applied, is_bad = zero.step(engine, totals["loss"])
@@ -146,7 +224,7 @@ def train_step(
         num_tokens=int(tokens),
         payload_nbytes=int(nbytes),
         teacher_busy_s=busy_s,
-        flags=Flags(*map(int, counts)),
+        flags=Flags(*map(int, rest[:num_flags])),
         slots=slots,
         row_ids=row_ids,
         is_trained=is_trained,

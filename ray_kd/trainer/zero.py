@@ -173,16 +173,23 @@ def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """The trainable parameters, with weight_decay on matrices and embeddings and none on biases and norms (1-D)."""
-    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-    for p in module.parameters():
+def parameter_groups(
+    module: nn.Module, weight_decay: float, rate_factors: Mapping[str, float] | None = None
+) -> list[dict[str, Any]]:
+    """The trainable parameters, with weight_decay on matrices and embeddings and none on biases and norms (1-D).
+
+    rate_factors: prefix of parameters' names -> what the learning rate is multiplied by for them, 1 for the others.
+    """
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {(1.0, True): [], (1.0, False): []}
+    for name, p in module.named_parameters():
         if p.requires_grad:
+            factor = next((f for prefix, f in (rate_factors or {}).items() if name.startswith(prefix)), 1.0)
             # ds_shape: under zero.Init p.shape is that of an empty placeholder.
-            groups[weight_decay > 0 and len(getattr(p, "ds_shape", p.shape)) >= 2].append(p)
+            is_decayed = weight_decay > 0 and len(getattr(p, "ds_shape", p.shape)) >= 2
+            groups.setdefault((factor, is_decayed), []).append(p)
     return [
-        {"params": params, "weight_decay": weight_decay if decayed else 0.0}
-        for decayed, params in groups.items()
+        {"params": params, "weight_decay": weight_decay if is_decayed else 0.0, "rate_factor": factor}
+        for (factor, is_decayed), params in groups.items()
         if params
     ]
 
@@ -196,17 +203,19 @@ def initialize(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     on_gpu: bool = False,
+    learning_rates: Mapping[str, float] | None = None,
 ) -> Any:
     """Hand module to DeepSpeed with AdamW; returns the engine. Collective; torch.distributed must be initialised.
 
-    module is changed in place (its dtype by config, its storage by the ZeRO stage).
+    module is changed in place (its dtype by config, its storage by the ZeRO stage). learning_rates: prefix of names of
+    parameters -> the rate that is theirs when learning_rate is the others'; the two keep that ratio.
     """
     deepspeed = import_deepspeed(on_gpu)
     assert torch.distributed.is_initialized(), "the process group is made by the caller (Ray Train)"
     deepspeed.init_distributed(dist_init_required=False)
-    optimizer = torch.optim.AdamW(
-        parameter_groups(module, weight_decay), lr=learning_rate, betas=betas, eps=eps, fused=True
-    )
+    factors = {prefix: own / learning_rate for prefix, own in (learning_rates or {}).items()}
+    groups = parameter_groups(module, weight_decay, factors)
+    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=eps, fused=True)
     engine = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)[0]
     if engine.zero_optimization_stage() == 0 and engine.optimizer is not optimizer:
         # Upstream trap: stage 0's half-precision wrapper makes the moments by a real step with zero gradients. That
@@ -227,9 +236,9 @@ def initialize(
 
 
 def set_learning_rate(engine: Any, learning_rate: float) -> None:
-    """Set the learning rate of every parameter group for the steps that follow."""
+    """Set the learning rate for the steps that follow: that of parameters with a rate of their own in its ratio."""
     for group in engine.optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group["rate_factor"]
 
 
 def backward(engine: Any, loss: torch.Tensor, world_size: int) -> None:

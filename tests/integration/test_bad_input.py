@@ -203,7 +203,25 @@ REFUSED = {
     "reverse KL drops the tail": (
         ["loss.divergence=reverse_kl", "loss.tail=drop"], ["loss.tail: 'drop'", "'reverse_kl'", "bucket, renormalize"],
     ),
-    "no loss": (["loss.kd_weight=0"], ["loss.kd_weight and loss.ce_weight are both 0"]),
+    "no loss": (["loss.terms.0.weight=0"], ["loss.terms: all weights are 0: nothing would be trained"]),
+    "no term": (["loss.terms=[]"], ["loss.terms: it is empty: nothing would be trained"]),
+    "unknown term": (
+        ["loss.terms=[kd, hiden_state]"],
+        ["loss.terms[1]: unknown kind 'hiden_state'; did you mean 'hidden_state'?", "kd, ce, attention, hidden_state"],
+    ),
+    "features that are not sent": (
+        ["loss.terms=[kd, hidden_state]"],
+        ["loss.terms[1] is of kind 'hidden_state'", "teacher.payload=features (it is 'topk_logprobs')"],
+    ),
+    "features that nobody needs": (["teacher.payload=features"], ["teacher.payload is 'features' and no term"]),
+    "temperature changes under a tail": (
+        ["loss.temperature={{schedule: linear, start: 4, end: 1, steps: 10}}"],
+        ["loss.tail: 'bucket' needs the teacher's log-probabilities at the loss's temperature 4.0", "renormalize"],
+    ),
+    "layer out of range": (
+        ["teacher.payload=features", "loss.terms=[{{kind: hidden_state, layers: [3]}}]"], ["loss.terms[0]", "3", "2"],
+    ),
+    "link too slow": (["teacher.max_bytes_per_token=10"], ["teacher.max_bytes_per_token is 10", "a smaller"]),
     "cache off": (["teacher.cache.mode=off"], ["teacher.cache.mode is 'False'", "disabled", "bare off as false"]),
     "zero_stage": (["train.zero_stage=4"], ["train.zero_stage is 4", "0 | 1 | 2 | 3"]),
     "learning rate not a number": (["train.learning_rate=nan"], ["train.learning_rate is nan", "positive"]),

@@ -33,8 +33,8 @@ SUMMARY_KEYS = {
 def finished(jobs):
     """A run of one worker over two epochs, evaluated at step 3, with CE beside the distillation loss."""
     return jobs.distill(
-        "finished", "train.max_steps=null", "train.epochs=2", "train.eval_every=3", "loss.ce_weight=0.5",
-        "loss.kd_weight=2.0", "eval.prompts=[hello]",
+        "finished", "train.max_steps=null", "train.epochs=2", "train.eval_every=3",
+        "loss.terms=[{kind: kd, weight: 2.0}, {kind: ce, weight: 0.5}]", "eval.prompts=[hello]",
     )  # fmt: skip
 
 
@@ -87,7 +87,7 @@ def test_final_loads_and_generates(finished):
     assert model.generate(ids, max_new_tokens=4, do_sample=False).shape[1] > ids.shape[1]
     card = (final / "README.md").read_text()
     assert "teacher" in card
-    assert "ce_weight: 0.5" in card
+    assert "- kind: ce\n    weight: 0.5" in card
 
 
 def test_the_evaluate_job_agrees_with_the_trainer(finished, jobs):
@@ -110,8 +110,8 @@ def test_the_export_job_writes_the_same_student(finished, jobs, tmp_path):
 def test_the_same_command_on_a_finished_run_ends_at_once(finished, jobs):
     before = (finished.run_dir / "metrics.jsonl").read_bytes()
     again = jobs.distill(
-        "finished", "train.max_steps=null", "train.epochs=2", "train.eval_every=3", "loss.ce_weight=0.5",
-        "loss.kd_weight=2.0", "eval.prompts=[hello]",
+        "finished", "train.max_steps=null", "train.epochs=2", "train.eval_every=3",
+        "loss.terms=[{kind: kd, weight: 2.0}, {kind: ce, weight: 0.5}]", "eval.prompts=[hello]",
     )  # fmt: skip
     assert again.exit_code == 0
     assert "finished already" in again.stdout
@@ -182,7 +182,8 @@ def test_hidden_states_train_like_every_log_probability(jobs):
     """The same curve over the wire of hidden states (ZeRO 3) and of K = V log-probabilities (ZeRO 0), which round each
     in its own way."""
     # bfloat16: what the teacher computed arrives as it was.
-    options = ("teacher.dtype=bfloat16", "loss.divergence=reverse_kl", "loss.temperature=2.0", "loss.ce_weight=0.3")
+    options = ("teacher.dtype=bfloat16", "loss.divergence=reverse_kl", "loss.temperature=2.0",
+               "loss.terms=[kd, {kind: ce, weight: 0.3}]")  # fmt: skip
     dense = jobs.distill("dense", *options, "teacher.payload=hidden_states", "train.zero_stage=3")
     topk = jobs.distill("topk", *options, "teacher.top_k=259")
     for job in (dense, topk):

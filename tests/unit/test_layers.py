@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 LAYERS = (
-    {"errors", "plugins", "config", "schema", "payloads", "storage"},
+    {"errors", "plugins", "config", "schedules", "schema", "payloads", "storage"},
     {"head"},
     {"losses", "models", "checkpoint", "metrics", "locks", "refusal"},
     {"data", "teacher", "trainer", "eval", "export"},
@@ -29,6 +29,7 @@ LAYERS = (
         "results",
         "doctor",
         "validate",
+        "objectives",
         "teacher_cache",
     },
     {"pipeline"},

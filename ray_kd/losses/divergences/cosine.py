@@ -1,7 +1,7 @@
 """Cosine distance of the logits: D = 1 - cos(u, v), without T or T^2. Only for a teacher that sent its hidden states.
 
 Compares directions of whole logit vectors, before any softmax: blind to the scale of either, so it says nothing about
-how sure a student is (pair it with `loss.ce_weight`). A temperature has no part in it, nor has T^2. Shifting all logits
+how sure a student is (pair it with a term `ce`). A temperature has no part in it, nor has T^2. Shifting all logits
 of one side by a constant changes it, unlike a divergence of probabilities.
 The same quantity as `LigerFusedLinearCosineSimilarityLoss` of liger-kernel; Hsu et al. 2024, "Liger Kernel: Efficient
 Triton Kernels for LLM Training", https://arxiv.org/abs/2410.10989

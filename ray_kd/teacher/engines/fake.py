@@ -1,7 +1,8 @@
 """A teacher without a model: a known distribution that depends on the current token only; for tests and smoke runs.
 
 logits[token, v] = sharpness * sin(1 + 12.9898 token + 78.233 v), for v < vocab_size; then log_softmax(logits / T).
-So a row's answer can be computed by anyone who has its input_ids, and its entropy is set by `sharpness`.
+So a row's answer can be computed by anyone who has its input_ids, and its entropy is set by `sharpness`. Features are
+known likewise: `hidden_states` and `attention` say which.
 """
 
 import time
@@ -11,8 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ray_kd import schema
-from ray_kd.payloads import TOPK_LOGPROBS
-from ray_kd.payloads.topk_logprobs import TopKLogprobs
+from ray_kd.payloads import FEATURES, TOPK_LOGPROBS, Features, FeatureSpec, TopKLogprobs
 from ray_kd.teacher import draws
 from ray_kd.teacher.engine import (
     SAMPLE,
@@ -35,6 +35,10 @@ class Config:
     """Ids the distribution covers: the student's vocabulary."""
     sharpness: float = 6.0
     """Scale of the logits; higher is more certain."""
+    width: int = 16
+    """Of its hidden states."""
+    num_heads: int = 2
+    """Of its attention."""
     delay_s: float = 0.0
     """Seconds slept per row, to play a slow teacher."""
     nan_row_ids: list[int] = field(default_factory=list)
@@ -46,7 +50,7 @@ class Config:
 class Engine:
     """Needs nothing of `model`, `dtype` or `device`; takes them so that any engine is constructed alike."""
 
-    provides = frozenset({TOPK_LOGPROBS})
+    provides = frozenset({TOPK_LOGPROBS, FEATURES})
     selections = frozenset(SELECTIONS)
     any_temperature = True
     is_local_model = False
@@ -61,11 +65,12 @@ class Engine:
         dtype: str = "auto",
         device: str = "cpu",
         batch_size: int = 4,
+        returns_attention: bool = False,
     ) -> None:
         self.stats = Stats()
         self._config = config
 
-    def annotate(self, rows: Rows, request: Request) -> list[TopKLogprobs | RowError]:
+    def annotate(self, rows: Rows, request: Request) -> list[TopKLogprobs | Features | RowError]:
         """One payload per row, in order. Raises RuntimeError when a row of `fail_row_ids` is among them."""
         config = self._config
         check_request(request, self.provides, self.selections, config.vocab_size)
@@ -94,7 +99,44 @@ class Engine:
         num_tokens = int(needed_lengths(targets).sum())
         self.stats.tokens += num_tokens
         self.stats.places += num_tokens
-        return answers
+        if request.features is not None:
+            return list(self._with_features(rows, answers, request.features))
+        return list(answers)
+
+    def hidden_states(self, tokens: NDArray[np.integer], layer: int) -> NDArray[np.float64]:
+        """The known states after each token: [T] ids -> sin(1 + 0.731 token + 1.37 layer + 0.917 channel) [T, D]."""
+        return np.sin(1 + 0.731 * tokens[:, None] + 1.37 * layer + 0.917 * np.arange(self._config.width))
+
+    def attention(
+        self, tokens: NDArray[np.integer], position_ids: NDArray[np.integer], layer: int
+    ) -> NDArray[np.float64]:  # fmt: skip
+        """The known maps of one row, [h, T, T]: 2 + sin(key's token + layer + 2 head), over its sum for each query."""
+        documents = np.cumsum(position_ids == 0)
+        heads = np.arange(self._config.num_heads)[:, None, None]
+        sees = np.tril(documents[:, None] == documents[None, :])
+        weights = (2 + np.sin(tokens + layer + 2 * heads)) * sees
+        shares: NDArray[np.float64] = weights / weights.sum(axis=-1, keepdims=True)
+        return shares
+
+    def _with_features(
+        self, rows: Rows, answers: list[TopKLogprobs | RowError], spec: FeatureSpec
+    ) -> list[Features | RowError]:
+        import torch
+
+        from ray_kd.models import DecoderOutputs
+        from ray_kd.teacher import features
+
+        all_ids, all_positions = np.asarray(rows[schema.INPUT_IDS]), np.asarray(rows[schema.POSITION_IDS])
+        states = [np.stack([self.hidden_states(ids, layer) for ids in all_ids]) for layer in spec.hidden_layers]
+        maps = [
+            np.stack([self.attention(*row, layer) for row in zip(all_ids, all_positions, strict=True)])
+            for layer in spec.attention_layers
+        ]
+        outputs = DecoderOutputs(
+            torch.empty(*all_ids.shape, self._config.width), list(map(torch.from_numpy, states)),
+            list(map(torch.from_numpy, maps)),
+        )  # fmt: skip
+        return features.features(outputs, answers, all_positions, features.positions(rows), spec)
 
     def logprobs(self, tokens: NDArray[np.integer], temperature: float = 1.0) -> NDArray[np.float64]:
         """The known distribution after each token: [M] ids -> log-probabilities [M, V]."""

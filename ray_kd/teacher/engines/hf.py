@@ -1,11 +1,14 @@
 """A transformers model in this process: the decoder forward, then the head at target positions only.
 
 Attention is causal, so a row is cut after its last target: what follows, padding mostly, could change no answer.
+For features what layers compute on the way is sent too. Attention needs a model that was loaded for it: eager attention
+is slower than sdpa, and makes the maps of all layers in each forward; how many bytes is logged with the first one.
 A model may be spread over several GPUs by accelerate, layer after layer, one GPU computing at a time. That was run with
 layers on CPU and disk, not on several GPUs.
 """
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +18,19 @@ from numpy.typing import NDArray
 
 from ray_kd import schema
 from ray_kd.errors import ConfigError
-from ray_kd.models import check_architecture, decoder_hidden, head_of, load_causal_lm
-from ray_kd.payloads import HIDDEN_STATES, TOPK_LOGPROBS, HiddenStates, TopKLogprobs
+from ray_kd.models import (
+    DecoderOutputs,
+    attention_nbytes,
+    check_architecture,
+    check_attentions,
+    decoder_outputs,
+    head_of,
+    load_causal_lm,
+)
+from ray_kd.payloads import FEATURES, HIDDEN_STATES, TOPK_LOGPROBS, Features, FeatureSpec, HiddenStates, TopKLogprobs
+from ray_kd.payloads.features import TARGETS
 from ray_kd.teacher import draws
+from ray_kd.teacher import features as features_of
 from ray_kd.teacher.engine import (
     SAMPLE,
     SELECTIONS,
@@ -33,9 +46,11 @@ from ray_kd.teacher.engine import (
 from ray_kd.teacher.sample import sample_tokens
 from ray_kd.teacher.topk import topk_logprobs
 
+logger = logging.getLogger(__name__)
+
 _DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 
-Answer = TopKLogprobs | HiddenStates | RowError
+Answer = TopKLogprobs | HiddenStates | Features | RowError
 
 
 @dataclass
@@ -62,7 +77,7 @@ class Config:
 class Engine:
     """Loads the model once; at most `batch_size` rows, or `batch_tokens` places, go through the decoder together."""
 
-    provides = frozenset({TOPK_LOGPROBS, HIDDEN_STATES})
+    provides = frozenset({TOPK_LOGPROBS, HIDDEN_STATES, FEATURES})
     selections = frozenset(SELECTIONS)
     any_temperature = True
     is_local_model = True
@@ -80,17 +95,24 @@ class Engine:
         batch_size: int = 4,
         batch_tokens: int | None = None,
         is_spread: bool = False,
+        returns_attention: bool = False,
     ) -> None:
         """batch_tokens: rows x longest of a forward, at most (or one row); rows are then sorted by their lengths.
 
-        is_spread: over all GPUs that this process sees, where device_map says nothing else.
+        is_spread: over all GPUs that this process sees, where device_map says nothing else. returns_attention: load it
+        with eager attention, for requests of attention maps.
 
-        Raises ConfigError when the model cannot be loaded or does not keep packed documents apart.
+        Raises ConfigError when the model cannot be loaded, does not keep packed documents apart, or does not return the
+        attention of each of its layers.
         """
         self.stats = Stats()
         device_map = config.device_map or ("auto" if is_spread else None)
-        self._model = load_causal_lm(model, revision, dtype, device, device_map)
+        implementation = "eager" if returns_attention else None
+        self._model = load_causal_lm(model, revision, dtype, device, device_map, implementation)
         check_architecture(self._model)
+        if returns_attention:
+            check_attentions(self._model)
+        self._returns_attention, self._is_memory_said = returns_attention, not returns_attention
         self._head = head_of(self._model)
         self._batch_size, self._batch_tokens = batch_size, batch_tokens
         self._chunk_size = config.chunk_size
@@ -101,12 +123,16 @@ class Engine:
         Of hidden states only they are looked at: a head that overflows on them is seen by the loss.
         """
         check_request(request, self.provides, self.selections, self._head.vocab_size)
-        targets = schema.target_positions(rows[schema.LABELS], rows[schema.POSITION_IDS])
-        lengths = needed_lengths(targets)
+        spec = request.features if request.kind == FEATURES and request.features is not None else FeatureSpec()
+        if spec.attention_layers and not self._returns_attention:
+            raise ValueError("the engine was built without eager attention: allowed are requests of no attention maps")
+        is_in = features_of.positions(rows)
+        lengths = needed_lengths(features_of.needed(is_in, spec))
         answers: dict[int, Answer] = {}
         for places in _batches(lengths, self._batch_size, self._batch_tokens):
             length = int(lengths[places].max())
-            found = self._annotate_batch(_cut(rows, places, length), targets[places, :length], request)
+            cut = {mask: chosen[places, :length] for mask, chosen in is_in.items()}
+            found = self._annotate_batch(_cut(rows, places, length), cut, int(lengths[places].sum()), request, spec)
             answers.update(zip(places.tolist(), found, strict=True))
         return [answers[place] for place in range(rows_in(rows))]
 
@@ -116,20 +142,27 @@ class Engine:
         self.__dict__.pop("_head", None)
 
     @torch.inference_mode()
-    def _annotate_batch(self, rows: Rows, targets: NDArray[np.bool_], request: Request) -> list[Answer]:
-        """The answers to rows that are cut; targets are those of the whole rows: a label is one place further on."""
+    def _annotate_batch(
+        self, rows: Rows, is_in: Mapping[str, NDArray[np.bool_]], num_tokens: int, request: Request, spec: FeatureSpec
+    ) -> list[Answer]:
+        """The answers to rows that are cut to what num_tokens of them need. is_in: mask -> positions [B, T], those of
+        the whole rows: a label is one place further on."""
+        targets = is_in[TARGETS]
         counts = targets.sum(axis=1)
-        hidden = self._target_hidden(rows, targets)
+        outputs = self._forward(rows, num_tokens, spec)
+        hidden = outputs.last[torch.from_numpy(targets).to(outputs.last.device)].to(self._head.weight.device)
         if request.kind == HIDDEN_STATES:
             return [_hidden_states(own) for own in hidden.split(counts.tolist())]
         ids_MK, logprobs_MK = self._select(hidden, rows, counts, request)
         num_draws = request.top_k if request.selection == SAMPLE else 0
-        answers: list[Answer] = []
+        answers: list[TopKLogprobs | RowError] = []
         for start, end in zip(np.cumsum(counts) - counts, np.cumsum(counts), strict=True):
             own = logprobs_MK[start:end]
             ids, vocab_size = ids_MK[start:end], self._head.vocab_size
             answers.append(not_finite(own) or TopKLogprobs(ids, own, request.temperature, vocab_size, num_draws))
-        return answers
+        if request.kind != FEATURES:
+            return list(answers)
+        return list(features_of.features(outputs, answers, np.asarray(rows[schema.POSITION_IDS]), is_in, spec))
 
     def _select(
         self, hidden: torch.Tensor, rows: Rows, counts: NDArray[np.integer], request: Request
@@ -148,20 +181,32 @@ class Engine:
         logprobs_MK[(drawn < 0).any(axis=1)] = np.nan
         return ids_MK, logprobs_MK
 
-    def _target_hidden(self, rows: Rows, targets: NDArray[np.bool_]) -> torch.Tensor:
-        """[M, D] at the target positions of all rows, in row-major order; no forward when there is none."""
-        weight = self._head.weight
-        if not targets.any():
-            return torch.empty(0, weight.shape[1], dtype=weight.dtype, device=weight.device)
+    def _forward(self, rows: Rows, num_tokens: int, spec: FeatureSpec) -> DecoderOutputs:
+        """What the decoder computes of these rows [B, T]; no forward when T is 0, since none of them is needed."""
+        num_rows, length = rows[schema.INPUT_IDS].shape
+        if not length:
+            return self._nothing(num_rows, spec)
+        if spec.attention_layers and not self._is_memory_said:
+            nbytes = attention_nbytes(self._model.config, num_rows, length, self._model.dtype.itemsize)
+            logger.info("eager attention makes %.1f MB of maps in a forward of %d x %d tokens", nbytes / 1e6, num_rows,
+                        length)  # fmt: skip
+            self._is_memory_said = True
         first: Any = self._model.get_input_embeddings().weight
-        hidden = decoder_hidden(
+        self.stats.tokens += num_tokens
+        self.stats.places += num_rows * length
+        return decoder_outputs(
             self._model,
             torch.tensor(rows[schema.INPUT_IDS], device=first.device),
             torch.tensor(rows[schema.POSITION_IDS], device=first.device),
+            spec.hidden_layers,
+            spec.attention_layers,
         )
-        self.stats.tokens += int(needed_lengths(targets).sum())
-        self.stats.places += targets.size
-        return hidden[torch.from_numpy(targets).to(hidden.device)].to(weight.device)
+
+    def _nothing(self, num_rows: int, spec: FeatureSpec) -> DecoderOutputs:
+        """The outputs of rows without a token."""
+        states = self._head.weight.new_empty(num_rows, 0, self._head.width)
+        maps = states.new_empty(num_rows, self._model.config.get_text_config().num_attention_heads, 0, 0)
+        return DecoderOutputs(states, [states] * len(spec.hidden_layers), [maps] * len(spec.attention_layers))
 
 
 def _is_device(value: Any) -> bool:
