@@ -19,6 +19,9 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandat
 from ray_kd import plugins, storage
 from ray_kd.errors import ConfigError
 
+STRICT, SHARED = "strict", "shared"
+"""What `teacher.vocabulary` may be."""
+
 
 @dataclass
 class Run:
@@ -107,6 +110,9 @@ class Teacher(TeacherModel):
     """topk: the most likely tokens | sample: top_k draws from the teacher, unbiased (forward_kl with tail drop)."""
     wire: str = "plain"
     """How answers travel to the student: plain (fp16, least work) | compact (about half the bytes, for slow links)."""
+    vocabulary: str = "strict"
+    """Heads of teacher and student: strict (of as many rows) | shared (rows that the tokenizer has no token for are
+    padding: the teacher's distribution is over the tokens alone, and the numbers of rows may differ)."""
     max_bytes_per_token: int | None = None
     """Most bytes of a token that the link to the student may carry, above which the run is refused. Default: any."""
     run_ahead_rows: int = 64

@@ -93,7 +93,7 @@ def distill(config: RunConfig) -> dict[str, Any]:
     with launch.interruptible(), driver_lock(run_dir) as held, cluster.connecting(config) as wait_for_ray:
         check_settings(config)
         run_folder.check_identity(run_dir, config)
-        vocab_size = validate(config).teacher.vocab_size
+        vocab_size = validate(config).vocab_size
         plan = _plan(config)
         content = _content(config, plan)
         run_folder.check_content(run_dir, content)  # before anything is written: the run may be another
@@ -129,7 +129,7 @@ def cache_teacher(config: RunConfig) -> list[teacher_cache.Filled]:
     Raises ConfigError, DataError or RetryableError with one line for the user.
     """
     config.teacher.cache.mode = WRITE_THROUGH
-    vocab_size = validate(config).teacher.vocab_size
+    vocab_size = validate(config).vocab_size
     with cluster.connected(config, trains=False), launch.interruptible():
         prepared = prepare(config)
         filled = []
@@ -384,15 +384,15 @@ def _teacher_payload(
         if teacher.payload == FEATURES:
             nbytes = objectives.planned_nbytes_per_token(config)
         return _TeacherPayload(teachers, expected, nbytes, None)
-    from ray_kd.models import head_shape
+    from ray_kd import models
 
     folder = run_dir / run_folder.TEACHER_HEAD
-    shape = head_shape(folder)
+    shape = models.head_shape(folder)
     if shape is None:
         start = time.perf_counter()
         make = partial(
             _make_head, teacher.model, teacher.revision, teacher.dtype, str(folder), cluster.physical_cores(),
-            teacher.pool.num_gpus > 0,
+            teacher.pool.num_gpus > 0, models.shared_vocab_size(teacher),
         )  # fmt: skip
         shape = _on_teacher_pool(config, make, "saving the teacher's head")
         logger.info("the teacher's head of %d x %d is saved (%.1f s)", shape.vocab_size, shape.width,
@@ -407,8 +407,14 @@ def _teacher_payload(
     return _TeacherPayload(teachers, expected, nbytes, str(folder))
 
 
-def _make_head(teacher: str, revision: str | None, dtype: str, out_dir: str, threads: int, on_gpu: bool) -> "HeadShape":
-    """Raises ConfigError for a model whose logits are not those of a head that could be rebuilt."""
+def _make_head(
+    teacher: str, revision: str | None, dtype: str, out_dir: str, threads: int, on_gpu: bool,
+    vocab_size: int | None = None,
+) -> "HeadShape":  # fmt: skip
+    """Save the teacher's head, of vocab_size rows or all; the shape of it.
+
+    Raises ConfigError for a model whose logits are not those of a head that could be rebuilt.
+    """
     import torch
 
     from ray_kd import models
@@ -417,7 +423,7 @@ def _make_head(teacher: str, revision: str | None, dtype: str, out_dir: str, thr
     model = models.load_causal_lm(teacher, revision, dtype, device="cuda" if on_gpu else "cpu")
     models.check_architecture(model)
     with storage.store_errors(), storage.drafted_folder(storage.path(out_dir), last="head.json") as draft:
-        return models.save_head(models.head_of(model), draft)
+        return models.save_head(models.head_of(model).over(vocab_size), draft)
 
 
 @dataclass(frozen=True)

@@ -131,8 +131,9 @@ def held_out(
     from ray_kd import models
 
     teacher = config.teacher
-    vocab_size = models.check_model(teacher.model, teacher.revision, "teacher", needs_weights=False).vocab_size
-    parts = parts_of(config, prepared.manifest.routes, vocab_size)
+    shared = models.shared_vocab_size(teacher)
+    whole = models.check_model(teacher.model, teacher.revision, "teacher", needs_weights=False).vocab_size
+    parts = parts_of(config, prepared.manifest.routes, shared or whole)
     return HeldOut(
         prepared_dir=str(prepared.folder),
         max_rows=config.eval.max_rows if max_rows is None else max_rows,
@@ -144,6 +145,7 @@ def held_out(
         ],
         top_k=config.teacher.top_k,
         is_exact=config.eval.kl == "exact",
+        vocab_size=shared,
     )
 
 

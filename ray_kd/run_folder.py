@@ -18,7 +18,7 @@ from typing import Any
 
 from ray_kd import config as configuration
 from ray_kd import storage
-from ray_kd.config import OneOfTeachers, RunConfig, StudentInit, each_teacher
+from ray_kd.config import STRICT, OneOfTeachers, RunConfig, StudentInit, each_teacher
 from ray_kd.errors import ConfigError
 from ray_kd.payloads import HIDDEN_STATES
 
@@ -35,6 +35,7 @@ _IDENTITY_KEYS = (
     "run.seed",
     "data.source", "data.format", "data.eval_source", "data.eval_fraction", "data.route_by", "data.sequence_length",
     "teacher.model", "teacher.revision", "teacher.engine", "teacher.payload", "teacher.top_k", "teacher.selection",
+    "teacher.vocabulary",
     "teacher.dtype", "teacher.wire", "teachers",
     "eval.max_rows", "eval.kl",
     "student.model", "student.revision", "student.init", "student.dtype",
@@ -57,7 +58,7 @@ _FREE_OPTIONS = {
 
 _IMPLIED = {
     "data.route_by": None, "teacher.payload": "topk_logprobs", "teacher.selection": "topk", "teacher.wire": "plain",
-    "teachers": None,
+    "teachers": None, "teacher.vocabulary": STRICT,
 }  # fmt: skip
 """What runs did before these keys existed."""
 

@@ -14,7 +14,18 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ray_kd import cluster, objectives, plugins, schedules, storage
-from ray_kd.config import Loss, OneOfTeachers, RunConfig, Student, StudentInit, Teacher, Train, each_teacher
+from ray_kd.config import (
+    SHARED,
+    STRICT,
+    Loss,
+    OneOfTeachers,
+    RunConfig,
+    Student,
+    StudentInit,
+    Teacher,
+    Train,
+    each_teacher,
+)
 from ray_kd.errors import ConfigError
 from ray_kd.payloads import FEATURES, HIDDEN_STATES, TOPK_LOGPROBS
 from ray_kd.payloads.topk_logprobs import MAX_DRAWS, WIRES
@@ -31,6 +42,7 @@ _CHOICES = {
     "teacher.cache.mode": MODES,
     "teacher.payload": (TOPK_LOGPROBS, HIDDEN_STATES, FEATURES),
     "teacher.selection": SELECTIONS,
+    "teacher.vocabulary": (STRICT, SHARED),
     "student.dtype": ("float32", "bfloat16", "float16"),
     "student.liger": ("auto", "never"),
     "teacher.dtype": ("auto", "float32", "bfloat16", "float16"),
@@ -61,6 +73,7 @@ class Models:
 
     teacher: "PreTrainedConfig"
     student: "PreTrainedConfig | None"  # None when the student is made from the teacher
+    vocab_size: int  # of the teacher's distributions
 
 
 def check_values(config: RunConfig) -> None:
@@ -325,6 +338,7 @@ def _check_models(config: RunConfig) -> Models:
             models.load_tokenizer(config.student.model, config.student.revision),
             teacher.vocab_size,
             student.vocab_size,
+            vocabulary=teacher_key.vocabulary,
         ):
             logger.warning("%s", warning)
         if models.model_identity(teacher_key.model, teacher_key.revision) == models.model_identity(
@@ -339,7 +353,17 @@ def _check_models(config: RunConfig) -> Models:
         _check_length(config.data.sequence_length, "teacher" if one is None else f"teacher '{one.name}'", model)
     if student is not None:
         _check_length(config.data.sequence_length, "student", student)
-    return Models(teacher, student)
+    return Models(teacher, student, _vocab_size(config, teacher, student))
+
+
+def _vocab_size(config: RunConfig, teacher: "PreTrainedConfig", student: "PreTrainedConfig | None") -> int:
+    """Of the teacher's distributions."""
+    from ray_kd import models
+
+    shared = models.shared_vocab_size(config.teacher)
+    if shared is not None and teacher.vocab_size == (student or teacher).vocab_size == shared:
+        logger.warning("teacher.vocabulary has no effect: both heads have a row for each of the %d ids", shared)
+    return int(teacher.vocab_size) if shared is None else shared
 
 
 def _check_engine(config: RunConfig) -> None:
@@ -373,8 +397,12 @@ def _check_teacher(config: RunConfig, lends_layers: bool) -> "PreTrainedConfig":
     needs_weights = engine.Engine.is_local_model or lends_layers
     found = models.check_model(teacher.model, teacher.revision, "teacher", needs_weights)
     needs_topk = teacher.payload != HIDDEN_STATES or _is_evaluated_by_topk(config, engine.Engine)
-    _require(not needs_topk or teacher.top_k <= found.vocab_size, "teacher.top_k", teacher.top_k,
-             f"at most the teacher's vocabulary of {found.vocab_size}")  # fmt: skip
+    vocab_size = models.shared_vocab_size(teacher) or found.vocab_size
+    _require(vocab_size <= found.vocab_size, "teacher.vocabulary", teacher.vocabulary,
+             f"{STRICT}: the tokenizer has {vocab_size} ids and the teacher's head only {found.vocab_size} rows",
+    )  # fmt: skip
+    _require(not needs_topk or teacher.top_k <= vocab_size, "teacher.top_k", teacher.top_k,
+             f"at most the teacher's vocabulary of {vocab_size}")  # fmt: skip
     return found
 
 
@@ -384,7 +412,7 @@ def _check_same_tokens(config: RunConfig, found: "Sequence[PreTrainedConfig]") -
 
     for one, model in zip(config.teachers[1:], found[1:], strict=True):
         first = config.teachers[0]
-        if model.vocab_size != found[0].vocab_size:
+        if model.vocab_size != found[0].vocab_size and config.teacher.vocabulary == STRICT:
             raise ConfigError(
                 f"teachers: '{one.name}' has a vocabulary of {model.vocab_size}: allowed is that of '{first.name}', "
                 f"{found[0].vocab_size}"
@@ -392,6 +420,7 @@ def _check_same_tokens(config: RunConfig, found: "Sequence[PreTrainedConfig]") -
         models.compare_vocabularies(
             models.load_tokenizer(first.model, first.revision), models.load_tokenizer(one.model, one.revision),
             found[0].vocab_size, model.vocab_size, names=(f"teacher '{first.name}'", f"teacher '{one.name}'"),
+            vocabulary=config.teacher.vocabulary,
         )  # fmt: skip
 
 

@@ -42,7 +42,9 @@ from ray_kd.models.load import (
     compare_vocabularies,
     load_causal_lm,
     load_tokenizer,
+    num_token_ids,
     quiet,
+    shared_vocab_size,
     torch_dtype,
 )
 from ray_kd.models.widths import Kept, Widths, asked_widths, check_widths, choose_widths
@@ -82,9 +84,11 @@ __all__ = [
     "load_tokenizer",
     "local_folder",
     "model_identity",
+    "num_token_ids",
     "quiet",
     "require_plain_head",
     "save_head",
+    "shared_vocab_size",
     "torch_dtype",
     "width_importance",
 ]

@@ -270,11 +270,19 @@ def test_licence_comes_from_the_card(tmp_path: Path) -> None:
 
 def test_vocabularies_must_agree() -> None:
     teacher, student = tiny_tokenizer(), tiny_tokenizer()
-    assert models.compare_vocabularies(teacher, student, VOCAB_SIZE, 320) == []
-    with pytest.raises(ConfigError, match="teacher's head has 320 ids and the student's 259"):
-        models.compare_vocabularies(teacher, student, 320, 259)
-    with pytest.raises(ConfigError, match="tokenizer has 259 tokens and the student's vocabulary only 200"):
-        models.compare_vocabularies(teacher, student, 200, 200)
+    for rows in ((320, VOCAB_SIZE), (VOCAB_SIZE, 320)):
+        with pytest.raises(
+            ConfigError,
+            match=f"teacher's head has {rows[0]} rows and the student's {rows[1]}, for the same 259 ids of tokens: "
+            "teacher.vocabulary is 'strict', allowed is shared",
+        ):
+            models.compare_vocabularies(teacher, student, *rows)
+        assert models.compare_vocabularies(teacher, student, *rows, vocabulary="shared") == []
+    for vocabulary in ("strict", "shared"):
+        with pytest.raises(ConfigError, match="tokenizer has 259 ids and the student's head only 200 rows"):
+            models.compare_vocabularies(teacher, student, 259, 200, vocabulary=vocabulary)
+        with pytest.raises(ConfigError, match="tokenizer has 259 ids and the teacher's head only 200 rows"):
+            models.compare_vocabularies(teacher, student, 200, 259, vocabulary=vocabulary)
     student.eos_token = "<|endoftext|>"
     assert models.compare_vocabularies(teacher, student, 259, 259) == [
         "eos_token is '<|im_end|>' for the teacher and '<|endoftext|>' for the student"

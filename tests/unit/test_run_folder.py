@@ -77,6 +77,7 @@ IDENTITY = [
     "teacher.top_k=8",
     "teacher.payload=hidden_states",
     "teacher.selection=sample",
+    "teacher.vocabulary=shared",
     "teacher.dtype=bfloat16",
     "teacher.wire=compact",
     "student.revision=v2",
