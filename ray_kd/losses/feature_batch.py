@@ -92,11 +92,13 @@ class FeatureBatch:
 
     def to(self, device: torch.device | str) -> "FeatureBatch":
         """The same on another device."""
-        moved = {
-            name: {mask: places.to(device) for mask, places in getattr(self, name).items()}
-            for name in ("tokens", "pairs")
-        }
-        return replace(self, hidden=self.hidden.to(device), attention=self.attention.to(device), **moved)
+        return replace(
+            self,
+            hidden=self.hidden.to(device),
+            attention=self.attention.to(device),
+            tokens={mask: places.to(device) for mask, places in self.tokens.items()},
+            pairs={mask: places.to(device) for mask, places in self.pairs.items()},
+        )
 
 
 def _sent(mask: str) -> Sequence[str]:

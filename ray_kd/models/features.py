@@ -57,8 +57,8 @@ def decoder_outputs(
     if attention_layers and (len(attentions) != _num_layers(model) or any(maps is None for maps in attentions)):
         base: Any = base_causal_lm(model)
         raise ConfigError(
-            f"{type(base).__name__} with {base.config._attn_implementation} attention gives maps of {len(attentions)} of "
-            f"its {_num_layers(model)} layers: allowed for attention losses is a model whose layers all give one, "
+            f"{type(base).__name__} with {base.config._attn_implementation} attention gives maps of {len(attentions)} "
+            f"of its {_num_layers(model)} layers: allowed for attention losses is a model whose layers all give one, "
             f"loaded with attn_implementation={EAGER}"
         )
     return DecoderOutputs(

@@ -15,6 +15,7 @@ documents of n positions (0.5 kB at n = 512 for a mean over heads). float16 has 
 import json
 import struct
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
@@ -32,6 +33,7 @@ WIRES = ("plain", "compact")
 _MAGICS = {"plain": b"RKFP", "compact": b"RKFC"}
 _VERSIONS = dict.fromkeys(_MAGICS.values(), 1)
 _FIELDS = struct.Struct("<IIIIBBHBx")
+_NUM_FLAGS = 3
 _MOST_LAYERS, _MOST_HEADS, _MOST_INDEX = 255, 2**16 - 1, 2**16 - 1
 _FP16_ONE = 0x3C00
 
@@ -80,7 +82,7 @@ class FeatureSpec:
     @classmethod
     def from_json(cls, text: str) -> "FeatureSpec":
         """What `to_json` wrote."""
-        known = json.loads(text)
+        known: dict[str, Any] = json.loads(text)
         return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in known.items()})
 
 
@@ -140,6 +142,8 @@ class Features:
         num_hidden, num_attention, num_heads = counts
         sizes = (2 * (num_hidden + num_attention), topk_nbytes, 2 * num_hidden * num_positions * width,
                  2 * num_attention * num_heads * num_pairs)  # fmt: skip
+        if flags >= 1 << _NUM_FLAGS:
+            raise DataError(f"features payload: flags {flags:#x} are unknown")
         if len(body) != sum(sizes):
             raise DataError(
                 f"features payload of {len(blob)} bytes; N={num_positions} D={width} P={num_pairs} heads={num_heads} "

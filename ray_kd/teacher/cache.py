@@ -138,7 +138,8 @@ class Contents:
     def mismatch(self, asked: "Contents", any_temperature: bool) -> str | None:
         """Why answers like these cannot stand for those that are asked for; None when they can.
 
-        A larger K is cut down, but not of draws, nor beside features. any_temperature: whether the loss can use one that is not its own.
+        A larger K is cut down, but not of draws, nor beside features. any_temperature: whether the loss can use one
+        that is not its own.
         """
         if self.version != asked.version:
             return f"it is of version {self.version}, this code reads {asked.version}"

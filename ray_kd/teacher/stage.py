@@ -71,7 +71,7 @@ class EngineSpec:
         return replace(self, engine=engine, num_gpus=int(on_gpu))
 
     def build(self, request: Request | None = None) -> Engine:
-        """Construct the engine; loads the teacher. request: what it will be asked, where that has to be known by then."""
+        """Construct the engine; loads the teacher. request: what it will be asked, for whom it matters."""
         import torch
 
         torch.set_num_threads(self.threads)

@@ -277,6 +277,45 @@ def test_a_step_is_the_plain_sum_over_micro_batches_and_ranks(
         assert_close(split, plain, loss=3e-3, norm=2e-2)
 
 
+@pytest.mark.parametrize(("stage", "world"), matrix(STAGES, WORLDS))
+def test_feature_terms_are_divided_by_the_counts_of_all_ranks(
+    run: Runs, assert_close: Callable[..., None], stage: int, world: int
+) -> None:
+    """Steps 3 and 4 of four, projectors at a rate of their own, as torch makes them of one sum on one rank."""
+    plain = run(1, "plain_features")
+    assert plain[0]["steps"][0]["norm"] > 1.0  # clipped
+    split = run(world, "features", stage=stage, dtype="float32")
+    assert_close(split, plain, loss=1e-5, norm=1e-4, weight=1e-4)
+    names = set(weights(split[1], "master"))
+    assert {name for name in names if name.startswith("projectors.")} == {
+        "projectors.hidden_state_1.0.weight", "projectors.hidden_state_1.1.weight",
+        "projectors.hidden_state_2.0.weight",
+    }  # fmt: skip
+    values = split[0]["steps"][0]["metrics"]
+    weighed = 1.25 * values["kd_loss"] + 0.5 * values["ce_loss"] + 0.3 * values["hidden_state_loss_1"]
+    weighed += 2.0 * values["attention_loss"] + 0.2 * values["hidden_state_loss_2"]
+    assert values["loss"] == pytest.approx(weighed, rel=1e-5)
+
+
+@pytest.mark.parametrize(("stage", "dtype", "world"), matrix(STAGES, DTYPES, WORLDS))
+def test_resume_with_projectors_is_bitwise(run: Runs, stage: int, dtype: str, world: int) -> None:
+    call: dict[str, Any] = {"stage": stage, "dtype": dtype}
+    whole = run(world, "features", **call)
+    assert "projectors.hidden_state_1.0.weight" in saved_record(whole[1])["parameters"]
+    assert_bitwise(run(world, "features", load=str(whole[1]), **call), whole)
+
+
+@pytest.mark.parametrize(("stage", "world", "to_stage", "to_world"), [(3, 2, 0, 1), (1, 1, 2, 2), (0, 2, 3, 1)])
+def test_projectors_are_read_at_any_stage_and_rank_count(
+    run: Runs, assert_close: Callable[..., None], stage: int, world: int, to_stage: int, to_world: int
+) -> None:
+    whole = run(world, "features", stage=stage, dtype="float32")
+    resumed = run(to_world, "features", stage=to_stage, dtype="float32", load=str(whole[1]))
+    before, after = saved_state(whole[1]), saved_state(resumed[1])
+    assert [key for key in before if not torch.equal(before[key], after[key])] == []
+    assert_close(resumed, whole, loss=1e-5, norm=1e-4, weight=1e-4)
+
+
 @pytest.mark.parametrize(
     ("stage", "dtype", "world", "kind"), matrix(STAGES, DTYPES, WORLDS, ("both", "loss", "gradient"))
 )
@@ -414,6 +453,17 @@ def test_weight_decay_is_for_matrices_only() -> None:
     assert decayed["params"] == [module[1].weight]
     assert others["params"] == [module[1].bias, module[2].weight, module[2].bias]
     assert len(zero.parameter_groups(module, weight_decay=0.0)) == 1
+
+
+def test_parameters_with_a_rate_of_their_own_are_groups_of_their_own() -> None:
+    module = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
+    groups = zero.parameter_groups(module, weight_decay=0.1, rate_factors={"1.": 5.0})
+    assert [(group["rate_factor"], group["weight_decay"]) for group in groups] == [
+        (1.0, 0.1), (1.0, 0.0), (5.0, 0.1), (5.0, 0.0),
+    ]  # fmt: skip
+    assert [group["params"] for group in groups] == [
+        [module[0].weight], [module[0].bias], [module[1].weight], [module[1].bias],
+    ]  # fmt: skip
 
 
 def test_the_configuration_names_what_it_does_not_know() -> None:

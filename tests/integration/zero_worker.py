@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ray_kd.trainer import fragments, rng, zero
+
+if TYPE_CHECKING:
+    from ray_kd.losses.terms import Factors
+    from ray_kd.trainer.collate import MicroBatch
+    from ray_kd.trainer.step import DistillModule
 
 VOCAB, WIDTH, LENGTH = 64, 16, 12
 RATE = 1e-2
@@ -375,9 +380,105 @@ def loaded(out: str, names: list[str]) -> list[str]:
     return [name for name in names if name in sys.modules]
 
 
+def features(stage: int, dtype: str, out: str, load: str = "", total: int = 4) -> dict[str, Any]:
+    """The trainer's own steps 1-2 with every kind of term, a checkpoint `out`, steps 3-4; with load only the latter.
+
+    Some rows are refused, one micro-batch has none that is usable. The temperature and a weight change.
+    """
+    module = _distill_module()
+    config = zero.deepspeed_config(
+        zero_stage=stage, micro_batch_size=3, gradient_accumulation_steps=total // torch.distributed.get_world_size(),
+        dtype=dtype, max_grad_norm=1.0,
+    ) | small_scale(dtype)  # fmt: skip
+    config["zero_optimization"]["stage3_param_persistence_threshold"] = 100
+    engine = zero.initialize(
+        module, config, learning_rate=RATE, weight_decay=0.1, learning_rates=module.learning_rates
+    )  # fmt: skip
+    if load:
+        fragments.load_fragments(engine, engine.module, Path(load))
+    else:
+        first = [_feature_step(engine, step, total) for step in (1, 2)]
+        assert all(step["applied"] for step in first)
+    save(engine, out)
+    steps = [_feature_step(engine, step, total) for step in (3, 4)]
+    dump(engine, f"{out}.master.safetensors")
+    dump(engine, f"{out}.working.safetensors", master=False)
+    engine.destroy()
+    return {"steps": steps}
+
+
+def _distill_module() -> "DistillModule":
+    from ray_kd.trainer.step import DistillModule
+    from tests import fake_stream
+
+    options = {"divergence": "forward_kl", "tail": "renormalize", "payload_temperature": 1.0, "chunk_size": 8}
+    return DistillModule(fake_stream.student(torch.float32), options, features=fake_stream.terms(), seed=4)
+
+
+def _feature_step(engine: Any, step: int, total: int) -> dict[str, Any]:
+    from ray_kd.trainer.step import Flags, train_step
+
+    zero.set_learning_rate(engine, rate(step))
+    result = train_step(engine, _feature_batches(step, total), torch.device("cpu"), Flags(0, 0, 0), _factors(step))
+    return {"loss": result.metrics["loss"], "norm": result.grad_norm, "applied": result.is_applied,
+            "metrics": result.metrics}  # fmt: skip
+
+
+def _feature_batches(step: int, total: int) -> "list[MicroBatch]":
+    """This rank's of the global batch, which is the same on any topology."""
+    from tests import fake_stream
+
+    world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+    usable = [(1, 1, 1), (0, 1, 0), (0, 0, 0), (1, 0, 1)]
+    return [
+        fake_stream.micro_batch(10 * step + i, usable[i % 4], first_slot=3 * i)
+        for i in range(rank * total // world, (rank + 1) * total // world)
+    ]
+
+
+def _factors(step: int) -> "Factors":
+    from ray_kd.losses.terms import Schedules, parse_terms
+    from tests import fake_stream
+
+    falling = {"schedule": "linear", "start": 2.0, "end": 0.5, "steps": 4}
+    terms = [fake_stream.TERMS[0] | {"weight": falling}, *fake_stream.TERMS[1:]]
+    return Schedules.of(parse_terms(terms), {"schedule": "cosine", "start": 3.0, "end": 1.0, "steps": 4}).at(step)
+
+
+def plain_features(out: str, total: int = 4) -> dict[str, Any]:
+    """What `features` must give, on one rank and by torch's AdamW."""
+    from ray_kd.trainer.step import Scale
+
+    module = _distill_module()
+    own_rate = ("projectors.hidden_state_1.", 3e-2 / RATE)
+    groups = []
+    for name, p in module.named_parameters():
+        factor = own_rate[1] if name.startswith(own_rate[0]) else 1.0
+        groups.append({"params": [p], "weight_decay": 0.1 if p.ndim > 1 else 0.0, "factor": factor})
+    optimizer = torch.optim.AdamW(groups, lr=RATE)
+    steps = []
+    for step in range(1, 5):
+        batches, factors = _feature_batches(step, total), _factors(step)
+        counts = {name: sum(term.count(b.features) for b in batches) for name, term in module.features.items()}
+        scale = Scale(sum(len(b.labels) for b in batches), factors, counts)
+        loss = sum(module(b.input_ids, b.position_ids, b, scale) for b in batches)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = rate(step) * group["factor"]
+        optimizer.step()
+        optimizer.zero_grad()
+        steps.append({"loss": loss.item(), "norm": norm.item(), "applied": True})
+    save_file({name: p.detach() for name, p in module.named_parameters()}, f"{out}.master.safetensors")
+    return {"steps": steps[2:]}
+
+
 CASES = {
-    case.__name__: case for case in (train, normalise, plain, poison, overflow, rollback, refused, load_memory, loaded)
-}
+    case.__name__: case
+    for case in (
+        train, normalise, plain, poison, overflow, rollback, refused, load_memory, loaded, features, plain_features
+    )
+}  # fmt: skip
 
 
 def main() -> None:

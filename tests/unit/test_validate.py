@@ -515,12 +515,12 @@ def test_what_goes_with_hidden_states_is_said(load, caplog, monkeypatch):
         ),
         (
             "teacher.engine=fake",
-            r"^teacher\.payload is 'hidden_states': allowed is topk_logprobs with teacher\.engine 'fa",
+            r"^teacher\.payload is 'hidden_states': allowed is features \| topk_logprobs with teacher\.engine 'fa",
         ),
     ):
         with pytest.raises(ConfigError, match=message):
             validate(load("teacher.payload=hidden_states", override))
-    with pytest.raises(ConfigError, match=r"^teacher\.payload is 'logits': allowed is topk_logprobs \| hidden_states$"):
+    with pytest.raises(ConfigError, match=r"^teacher\.payload is 'logits': allowed is topk_log.* \| features$"):
         validate(load("teacher.payload=logits"))
     for kind in kinds(of_logits=True):
         with pytest.raises(ConfigError, match=f"'{kind}' compares whole logits.*teacher.payload=hidden_states"):
@@ -552,3 +552,159 @@ def test_the_data_section_alone_needs_no_models(load):
     check_data(load("teacher.model=/nowhere", "student.model=/nowhere"))
     with pytest.raises(ConfigError, match=r"data.prepared_dir is 'nowhere://p': allowed is a path, or a URI"):
         check_data(load("data.prepared_dir=nowhere://p"))
+
+
+FEATURES = "teacher.payload=features"
+HIDDEN = '{"kind": "hidden_state"%s}'
+ATTENTION = '{"kind": "attention"%s}'
+
+
+def with_terms(*terms):
+    return f"loss.terms={json.dumps(['kd', *map(json.loads, terms)])}"
+
+
+@pytest.fixture(scope="module")
+def students(workplace):
+    """Students that differ from the teacher (width 64, 4 heads) in what their names say."""
+    tiny_llama(workplace / "narrow", layers=2, hidden=32, seed=2)
+    shutil.copytree(workplace / "student", workplace / "fewer-heads")
+    path = workplace / "fewer-heads" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_attention_heads": 2, "head_dim": 32}))
+    return workplace
+
+
+def test_feature_terms_pass_and_say_what_they_cost(load, students, caplog):
+    terms = with_terms(HIDDEN % ', "layers": [1, -1]', ATTENTION % ', "heads": "mean"')
+    with caplog.at_level(logging.INFO, logger="ray_kd"):
+        validate(load(FEATURES, terms, "data.sequence_length=128", "train.micro_batch_size=2"))
+    said = [record.getMessage() for record in caplog.records]
+    # 2 layers x 4 heads x 2 rows x 128^2 x 4 bytes; 64 of 16 log-probabilities, 2 layers of 64 channels, a mean map.
+    assert "loss.terms[2]: the student's attention is eager, 1.0 MB of maps a micro-batch" in said
+    assert f"teacher.payload=features takes up to {64 + 2 * 64 * 2 + 129} bytes a token" in said
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
+def test_what_widths_and_heads_need_passes_by_name(load, students):
+    validate(load(FEATURES, with_terms(HIDDEN % ', "projector": "linear"'), f"student.model={students}/narrow"))
+    validate(load(FEATURES, with_terms(ATTENTION % ', "heads": "mean"'), f"student.model={students}/fewer-heads"))
+    init = ("student.model=null", "student.init.layers=3")
+    validate(load(FEATURES, with_terms(HIDDEN % ', "layers": [3]', ATTENTION % ', "layers": [2]'), *init))
+    with pytest.raises(ConfigError, match=r"^loss\.terms\[1\]\.layers.*4"):
+        validate(load(FEATURES, with_terms(HIDDEN % ', "layers": [4]'), *init))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([with_terms(HIDDEN % ', "layers": [3]')], r"loss\.terms\[1\]\.layers.*3.*allowed"),
+        ([with_terms(HIDDEN % ', "layers": [-4]')], r"loss\.terms\[1\]\.layers.*-4.*allowed"),
+        ([with_terms(ATTENTION % ', "layers": [2]')], r"loss\.terms\[1\]\.layers.*2.*allowed"),
+        (
+            [with_terms(HIDDEN % ', "layers": [1], "teacher_layers": [5]')],
+            r"loss\.terms\[1\]\.teacher_layers.*5.*allowed",
+        ),
+        ([with_terms(HIDDEN % ', "layers": [1, 2], "teacher_layers": [1]')], r"loss\.terms\[1\]\.teacher_layers"),
+        ([with_terms(HIDDEN % ', "measure": "l1"')], r"loss\.terms\[1\]\.measure is 'l1': allowed is mse \| cosine"),
+        (
+            [with_terms(HIDDEN % ""), "student.model={w}/narrow"],
+            r"loss\.terms\[1\]: .* width 32 .*64: allowed is equal widths, or loss\.terms\[1\]\.projector=linear",
+        ),
+        (
+            [with_terms(ATTENTION % ""), "student.model={w}/fewer-heads"],
+            r"loss\.terms\[1\]: .* 2 heads .*4: allowed is as many, or loss\.terms\[1\]\.heads=mean",
+        ),
+        (
+            [with_terms(ATTENTION % ""), "data.sequence_length=2048"],
+            r"data\.sequence_length is 2048: allowed is at most loss\.terms\[1\]\.max_sequence_length=1024",
+        ),
+        (
+            [with_terms(HIDDEN % ""), "teacher.engine=vllm"],
+            r"teacher\.payload is 'features': allowed is topk_logprobs with .*'vllm'; teacher\.engine 'hf' would do",
+        ),
+        (
+            [with_terms(HIDDEN % ""), "teacher.payload=hidden_states"],
+            r"loss\.terms\[1\] is of kind 'hidden_state', .* teacher\.payload=features \(it is 'hidden_states'\)",
+        ),
+        (["loss.terms=[kd, ce]"], r"teacher\.payload is 'features' and no term of loss\.terms needs it"),
+        (
+            [with_terms(HIDDEN % ""), 'teachers=[{{"model": "{w}/teacher"}}]'],
+            r"teacher\.payload is 'features': allowed is topk_logprobs with teachers",
+        ),
+        (
+            [with_terms(HIDDEN % ""), "teacher.max_bytes_per_token=191"],
+            r"teacher\.max_bytes_per_token is 191 and .* up to 192 bytes .*: allowed is 192 or more, or fewer layers",
+        ),
+    ],
+)
+def test_feature_terms_that_do_not_fit_are_one_line_before_a_model_loads(load, students, overrides, message):
+    with pytest.raises(ConfigError, match=rf"^{message}") as error:
+        validate(load(FEATURES, *(override.replace("{w}", str(students)).replace("{{", "{").replace("}}", "}")
+                                  for override in overrides)))  # fmt: skip
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("who", ["teacher", "student"])
+def test_attention_that_a_model_does_not_give_is_refused_by_its_config(load, monkeypatch, students, who):
+    from transformers import LlamaForCausalLM
+
+    assert "attentions" in LlamaForCausalLM._can_record_outputs
+    monkeypatch.setattr(LlamaForCausalLM, "_can_record_outputs", {})
+    with pytest.raises(ConfigError, match=r"^loss\.terms\[1\]: model_type llama gives no attention maps: allowed is"):
+        validate(load(FEATURES, with_terms(ATTENTION % "")))
+    validate(load(FEATURES, with_terms(HIDDEN % "")))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "nbytes"),
+    [
+        ([], 64),  # 16 tokens of a vocabulary of 259
+        (["teacher.top_k=32"], 128),
+        (["teacher.payload=hidden_states"], 128),  # 64 channels
+    ],
+)
+def test_the_bytes_of_a_token_are_held_to_the_link(load, caplog, overrides, nbytes):
+    with caplog.at_level(logging.INFO, logger="ray_kd"):
+        validate(load(*overrides, f"teacher.max_bytes_per_token={nbytes}"))
+    assert f"takes up to {nbytes} bytes a token" in caplog.text
+    with pytest.raises(ConfigError, match=rf"^teacher\.max_bytes_per_token is {nbytes - 1} .* up to {nbytes} bytes"):
+        validate(load(*overrides, f"teacher.max_bytes_per_token={nbytes - 1}"))
+
+
+def test_the_bytes_of_several_teachers_are_those_of_their_mixture(load, workplace, caplog):
+    with caplog.at_level(logging.INFO, logger="ray_kd"):
+        validate(load(several(workplace)))
+        validate(load(several(workplace, rows=["code"]).replace("[{", '[{"rows": ["prose"], '), "data.route_by=domain"))
+    assert [r.getMessage() for r in caplog.records if "bytes a token" in r.getMessage()] == [
+        "teacher.payload=topk_logprobs takes up to 128 bytes a token",
+        "teacher.payload=topk_logprobs takes up to 64 bytes a token",
+    ]
+
+
+WARMER = "{schedule: linear, start: 4.0, end: 1.0, steps: 10}"
+
+
+def test_a_temperature_that_changes_needs_log_probabilities_that_can_be_rescaled(load, warnings):
+    validate(load(f"loss.temperature={WARMER}", "loss.tail=renormalize"))
+    validate(load(f"loss.temperature={WARMER}", "teacher.payload=hidden_states"))
+    validate(load(f"loss.temperature={WARMER}", "loss.tail=renormalize", "teacher.engine=fake"))
+    assert warnings() == []
+    for tail in ("bucket", "drop"):
+        with pytest.raises(
+            ConfigError, match=rf"^loss\.tail: '{tail}' needs the teacher's log-prob.* temperature 4\.0"
+        ):
+            validate(load(f"loss.temperature={WARMER}", f"loss.tail={tail}"))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("loss.temperature={schedule: linear, start: 1, end: 0, steps: 3}", r"loss\.temperature is 0\.0: allowed is"),
+        ("loss.temperature=warm", r"loss\.temperature is 'warm': allowed is a number"),
+        ("loss.terms.0.weight=-1", r"loss\.terms\[0\]\.weight is -1: allowed is 0 or more"),
+        ("loss.terms.0.weight=.inf", r"loss\.terms\[0\]\.weight is inf: allowed is a number"),
+        ("loss.terms.0.weight={schedule: linear, start: 1, end: 2}", r"loss\.terms\[0\]\.weight\.steps is missing"),
+    ],
+)
+def test_schedules_and_weights_are_checked_by_key(load, override, message):
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        validate(load(override))

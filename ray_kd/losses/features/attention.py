@@ -8,18 +8,18 @@ of valid tokens inside one document and n queries among them, both of the global
 
 (Jiao et al. 2020, TinyBERT, https://arxiv.org/abs/1909.10351; Wang et al. 2020, MiniLM, https://arxiv.org/abs/2002.10957.)
 
-With `mask: targets` keys that are no targets (the prompt, where much attention goes) are left out and rows do not sum to
-one. Normalised rows do: a' = max(a, 1e-7) / sum of max(a, 1e-7) over the query's keys, on both sides. KL needs them.
+With `mask: targets` keys that are no targets are left out, as the prompt's, where much attention goes, and rows do not
+sum to one. Normalised rows do: a' = max(a, 1e-7) / sum of max(a, 1e-7) over the query's keys, on both sides; KL needs
+them. A token outside a sliding window has probability 0, as in the model.
 
 Costs: maps exist with eager attention alone, which makes all layers' [B, h, T, T] and keeps them for backward;
-`max_sequence_length` guards against more than was meant. On the wire, 2 bytes a pair, layer and head in float16. A student
-with attention dropout shows its maps after dropout.
+`max_sequence_length` guards against more than was meant. On the wire, 2 bytes a pair, layer and head in float16. A
+student with attention dropout shows its maps after dropout.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, nn
 
 from ray_kd.errors import ConfigError
@@ -48,7 +48,7 @@ class Config:
     mask: str = TARGETS
     """targets | attention: pairs of positions that predict a label, or of all that are not padding."""
     heads: str = MATCH
-    """match | mean: head by head, as many on both sides, or the means over heads, which the teacher then sends alone."""
+    """match | mean: head by head, as many on both sides, or the means over heads, which is all that is sent then."""
     normalize_rows: bool | None = None
     """Whether each query's probabilities are made to sum to one over its keys; null: for kl, which needs it."""
     max_sequence_length: int = 1024
@@ -125,7 +125,7 @@ def resolve(config: Config, student: ModelShape, teacher: ModelShape, sequence_l
     if sequence_length > config.max_sequence_length:
         raise ConfigError(
             f"data.sequence_length is {sequence_length}: allowed is at most {key}.max_sequence_length="
-            f"{config.max_sequence_length}, since eager attention keeps heads x {sequence_length}^2 numbers a layer and row"
+            f"{config.max_sequence_length}, since eager attention keeps heads x T^2 numbers a layer and row"
         )
     for who, shape in (("student", student), ("teacher", teacher)):
         if shape.num_heads is None:
@@ -134,8 +134,8 @@ def resolve(config: Config, student: ModelShape, teacher: ModelShape, sequence_l
             )
     if config.heads == MATCH and student.num_heads != teacher.num_heads:
         raise ConfigError(
-            f"{key}: the student has {student.num_heads} heads and the teacher {teacher.num_heads}: allowed is as many, "
-            f"or {key}.heads={MEAN}"
+            f"{key}: the student has {student.num_heads} heads and the teacher {teacher.num_heads}: allowed is as "
+            f"many, or {key}.heads={MEAN}"
         )
     counts = (student.num_layers, teacher.num_layers)
     layer_map = resolve_layers(key, config.layers, config.teacher_layers, config.map, counts, extra=0)
@@ -155,7 +155,7 @@ def _at(maps: Tensor, pairs: Tensor, mean_over_heads: bool) -> Tensor:
 
 
 def _normalised(values: Tensor, queries: Tensor, num_places: int) -> Tensor:
-    """values [h, P] over their sums for each of their queries [P], places of [B T] flattened; floored, so never 0 / 0."""
+    """values [h, P] over their sums for each of their queries [P], places of [B T]; floored, so never 0 / 0."""
     floored = values.clamp_min(_FLOOR)
     sums = floored.new_zeros(len(values), num_places).index_add(1, queries, floored)
     return floored / sums[:, queries]

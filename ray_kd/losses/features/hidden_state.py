@@ -36,7 +36,8 @@ class Config:
     measure: str = MSE
     """mse | cosine: the squared error a channel, or one minus the cosine."""
     layers: list[int] = field(default_factory=lambda: [-1])
-    """The student's hidden states: 0 is the embeddings' output, i that of the i-th layer, -1 the last one, after the final norm."""
+    """The student's hidden states: 0 is what the embeddings give, i what the i-th layer gives, -1 the last one, after
+    the final norm."""
     teacher_layers: list[int] | None = None
     """The teacher's, one for each of layers, counted alike; null: by map."""
     map: str = PROPORTIONAL

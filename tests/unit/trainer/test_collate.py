@@ -1,7 +1,6 @@
 """From rows of the stream to a micro-batch: targets, labels and payloads line up, weightless rows count for nothing."""
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 
@@ -10,29 +9,10 @@ from ray_kd.payloads import HiddenStates, TopKLogprobs
 from ray_kd.trainer.collate import collate
 from ray_kd.trainer.feed import Expected
 from tests.fake_prepared import random_rows
+from tests.fake_stream import table
 
 VOCAB, TOP_K = 50, 4
 EXPECTED = Expected("topk_logprobs", TOP_K, 1.0)
-
-
-def table(weights, columns, payloads):
-    length = columns[schema.INPUT_IDS].shape[1]
-    lists = {
-        name: pa.FixedSizeListArray.from_arrays(pa.array(columns[name].reshape(-1)), length)
-        for name in (schema.INPUT_IDS, schema.LABELS, schema.POSITION_IDS)
-    }
-    count = len(weights)
-    return pa.table(
-        {
-            schema.ROW_ID: pa.array(np.arange(count) + 100),
-            **lists,
-            schema.SLOT: pa.array(np.arange(count)),
-            schema.WEIGHT: pa.array(np.array(weights, np.float32)),
-            schema.TEACHER_PAYLOAD: pa.array(payloads, type=pa.binary()),
-            schema.TEACHER_BUSY_S: pa.array(np.full(count, 0.5, np.float32)),
-            schema.TEACHER_ERROR: pa.array(["" if w else "refused" for w in weights]),
-        }
-    )
 
 
 def payload(num_targets, seed):
