@@ -353,17 +353,19 @@ def _check_models(config: RunConfig) -> Models:
         _check_length(config.data.sequence_length, "teacher" if one is None else f"teacher '{one.name}'", model)
     if student is not None:
         _check_length(config.data.sequence_length, "student", student)
-    return Models(teacher, student, _vocab_size(config, teacher, student))
+    return Models(teacher, student, _vocab_size(config, [*found, student or teacher]))
 
 
-def _vocab_size(config: RunConfig, teacher: "PreTrainedConfig", student: "PreTrainedConfig | None") -> int:
-    """Of the teacher's distributions."""
+def _vocab_size(config: RunConfig, found: "Sequence[PreTrainedConfig]") -> int:
+    """Of the teachers' distributions; found: of all models, a teacher first."""
     from ray_kd import models
 
     shared = models.shared_vocab_size(config.teacher)
-    if shared is not None and teacher.vocab_size == (student or teacher).vocab_size == shared:
-        logger.warning("teacher.vocabulary has no effect: both heads have a row for each of the %d ids", shared)
-    return int(teacher.vocab_size) if shared is None else shared
+    if shared is None:
+        return int(found[0].vocab_size)
+    if all(model.vocab_size == shared for model in found):
+        logger.warning("teacher.vocabulary has no effect: all heads have one row for each of the %d ids", shared)
+    return shared
 
 
 def _check_engine(config: RunConfig) -> None:

@@ -154,7 +154,7 @@ def test_what_several_teachers_cannot_be_is_one_line(load, workplace, second, ov
 def test_heads_of_other_sizes_are_allowed_by_name(load, workplace, tmp_path, warnings):
     wide = tiny_llama(tmp_path / "wide", layers=1, vocab=300)
     for wider in (f"teacher.model={wide}", f"student.model={wide}"):
-        with pytest.raises(ConfigError, match=r"rows, for the same 259 ids of tokens: .* allowed is shared"):
+        with pytest.raises(ConfigError, match=r"rows and .*, for the same 259 ids of tokens: .* allowed is shared"):
             validate(load(wider))
         assert validate(load(wider, "teacher.vocabulary=shared")).vocab_size == 259
     validate(load("teacher.vocabulary=shared", several(workplace, model=str(wide))))
@@ -166,7 +166,7 @@ def test_heads_of_other_sizes_are_allowed_by_name(load, workplace, tmp_path, war
     with pytest.raises(ConfigError, match=r"^teacher.vocabulary is 'padded': allowed is strict \| shared$"):
         validate(load("teacher.vocabulary=padded"))
     assert validate(load("teacher.vocabulary=shared")).vocab_size == 259
-    assert warnings() == ["teacher.vocabulary has no effect: both heads have a row for each of the 259 ids"]
+    assert warnings() == ["teacher.vocabulary has no effect: all heads have one row for each of the 259 ids"]
 
 
 def test_teachers_mean_the_same_tokens(load, workplace, tmp_path):
