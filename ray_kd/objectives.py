@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _BUDGET = "teacher.max_bytes_per_token"
+_Plain = tuple[int, int, int | None]
+"""A ModelShape by its fields, since unpickling one imports torch."""
 
 
 def payload_temperature(config: RunConfig) -> float:
@@ -75,7 +77,7 @@ def check_models(config: RunConfig, teacher: "PreTrainedConfig", student: "PreTr
     """
     from ray_kd import models
 
-    terms = make_features(config, teacher, student)()
+    terms = make_features(config, teacher, student)() if config.teacher.payload == FEATURES else {}
     for entry in _entries(config):
         if entry.is_feature and terms[entry.name].attention_layers:
             models.check_attention_support(teacher, entry.key)
@@ -91,8 +93,8 @@ def make_features(
 
     It raises ConfigError, one line, for what does not fit.
     """
-    shapes = [_plain(_student_shape(config, teacher, student)), _plain(_shape(teacher))]
-    return partial(_find_features, config.loss.terms, *shapes, config.data.sequence_length)
+    shapes = _plain(_student_shape(config, teacher, student)), _plain(_shape(teacher))
+    return partial(_find_features, config.loss.terms, shapes, config.data.sequence_length)
 
 
 def asked_features(config: RunConfig) -> FeatureSpec | None:
@@ -160,13 +162,12 @@ def _report_attention(config: RunConfig, key: str, model: "PreTrainedConfig", sh
     logger.info("%s: the student's attention is eager, %.1f MB of maps a micro-batch", key, nbytes / 1e6)
 
 
-def _find_features(
-    terms: list[Any], student: tuple[int, int, int | None], teacher: tuple[int, int, int | None], sequence_length: int
-) -> "dict[str, Term]":
+def _find_features(terms: list[Any], shapes: tuple[_Plain, _Plain], sequence_length: int) -> "dict[str, Term]":
     from ray_kd.losses.layer_map import ModelShape
     from ray_kd.losses.terms import parse_terms, resolve
 
-    return resolve(parse_terms(terms), ModelShape(*student), ModelShape(*teacher), sequence_length)
+    student, teacher = (ModelShape(*shape) for shape in shapes)
+    return resolve(parse_terms(terms), student, teacher, sequence_length)
 
 
 def _entries(config: RunConfig) -> "list[Entry]":
@@ -207,5 +208,5 @@ def _student_shape(config: RunConfig, teacher: "PreTrainedConfig", student: "Pre
     return replace(shape, num_layers=len(layers) if isinstance(layers, list) else layers)
 
 
-def _plain(shape: "ModelShape") -> tuple[int, int, int | None]:
+def _plain(shape: "ModelShape") -> _Plain:
     return shape.num_layers, shape.width, shape.num_heads

@@ -75,9 +75,16 @@ def parse(value: Any, key: str) -> Schedule:
     for name in ("start",) if shape == "constant" else ("start", "end", "steps"):
         if name not in value:
             raise ConfigError(f"{key}.{name} is missing: a {shape} schedule needs it")
-    numbers = {name: _number(value[name], f"{key}.{name}") for name in ("start", "end") if name in value}
-    counts = {name: _count(value[name], f"{key}.{name}") for name in ("steps", "from_step") if name in value}
-    return Schedule(shape, **numbers, **counts)
+    start = _number(value["start"], f"{key}.start")
+    if shape == "constant":
+        return Schedule(shape, start)
+    return Schedule(
+        shape,
+        start,
+        end=_number(value["end"], f"{key}.end"),
+        steps=_count(value["steps"], f"{key}.steps"),
+        from_step=_count(value.get("from_step", 1), f"{key}.from_step"),
+    )
 
 
 def _number(value: Any, key: str, allowed: str = "a number") -> float:

@@ -198,7 +198,7 @@ def train_step(
             sum(m.payload_nbytes for m in micro_batches),
             sum(m.teacher_busy_s for m in micro_batches),
             *astuple(flags),
-            *(sum(term.count(m.features) for m in micro_batches) for term in features.values()),
+            *(_count(term, micro_batches) for term in features.values()),
         ],
         device,
     )
@@ -229,6 +229,11 @@ def train_step(
         row_ids=row_ids,
         is_trained=is_trained,
     )
+
+
+def _count(term: Term, micro_batches: Sequence["MicroBatch"]) -> float:
+    """Of this rank's part of the step."""
+    return float(sum(term.count(m.features) for m in micro_batches if m.features is not None))
 
 
 def all_reduce(values: Sequence[float], device: torch.device) -> list[float]:

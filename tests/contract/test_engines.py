@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ray_kd import models, plugins, schema
-from ray_kd.payloads import HIDDEN_STATES, TOPK_LOGPROBS, HiddenStates, TopKLogprobs
+from ray_kd.payloads import FEATURES, HIDDEN_STATES, TOPK_LOGPROBS, Features, FeatureSpec, HiddenStates, TopKLogprobs
 from ray_kd.teacher.engine import Request, RowError, Stats, check_request, needed_lengths
 from tests.tiny import VOCAB_SIZE, tiny_llama
 
@@ -38,10 +38,11 @@ def rows() -> dict[str, np.ndarray]:
     return {"row_id": row_ids, "input_ids": ids, "labels": labels, "position_ids": positions}
 
 
-def build(kind: str, model_path: Path, batch_size: int = 2, **options: Any) -> Any:
+def build(kind: str, model_path: Path, batch_size: int = 2, returns_attention: bool = False, **options: Any) -> Any:
     module, config = plugins.options("teacher.engines", {"kind": kind, **CASES[kind], **options}, "teacher.engine")
+    more = {"returns_attention": True} if returns_attention else {}
     return module.Engine(
-        config, model=str(model_path), revision=None, dtype="float32", device="cpu", batch_size=batch_size
+        config, model=str(model_path), revision=None, dtype="float32", device="cpu", batch_size=batch_size, **more
     )
 
 
@@ -166,6 +167,82 @@ def test_hidden_states_with_the_models_head_are_its_distribution(kind, model_pat
         logits = head.logits(torch.from_numpy(decoded.bits.copy()).view(torch.bfloat16)).double()
         # bfloat16 keeps 8 bits of each of the products' factors.
         np.testing.assert_allclose(logits.log_softmax(-1).numpy(), full, atol=0.05)
+
+
+with_features = pytest.mark.parametrize("kind", [kind for kind in CASES if FEATURES in provides(kind)])
+SPECS = [
+    FeatureSpec((0, 2), "targets"),
+    FeatureSpec((1,), "attention", (0, 1), "targets"),
+    FeatureSpec((), "targets", (1,), "attention", mean_over_heads=True),
+]
+
+
+def document_features(kind: str, engine: Any, model_path: Path, ids: np.ndarray, spec: FeatureSpec) -> tuple[Any, Any]:
+    """[L, t, D] and [L, h, t, t] of one document run alone."""
+    if kind == "fake":
+        maps = [engine.attention(ids, np.arange(len(ids)), layer) for layer in spec.attention_layers]
+        return [engine.hidden_states(ids, layer) for layer in spec.hidden_layers], maps
+    model = models.load_causal_lm(str(model_path), attn_implementation="eager")
+    with torch.no_grad():
+        output = model(
+            torch.from_numpy(ids).long()[None], use_cache=False, output_hidden_states=True, output_attentions=True
+        )
+    maps = [output.attentions[layer][0].numpy() for layer in spec.attention_layers]
+    return [output.hidden_states[layer][0].numpy() for layer in spec.hidden_layers], maps
+
+
+@with_features
+@pytest.mark.parametrize("spec", SPECS, ids=["states", "both", "mean"])
+def test_features_are_those_of_documents_alone(kind, model_path, rows, spec: FeatureSpec) -> None:
+    engine = build(kind, model_path, returns_attention=True)
+    answers = engine.annotate(rows, Request(FEATURES, top_k=4, features=spec))
+    plain = engine.annotate(rows, Request(top_k=4))
+    for answer, topk, ids, labels in zip(answers, plain, rows["input_ids"], rows["labels"], strict=True):
+        assert isinstance(answer, Features)
+        assert answer.spec == spec
+        np.testing.assert_array_equal(answer.topk.ids, topk.ids)
+        np.testing.assert_allclose(answer.topk.logprobs, topk.logprobs, atol=1e-5)
+        states = [np.empty((len(spec.hidden_layers), 0, answer.hidden.shape[-1]))]
+        pairs = [np.empty((len(spec.attention_layers), answer.attention.shape[1], 0))]
+        for start, end in ((0, 8), (8, 15)):
+            places = {
+                "targets": [t for t in range(start, end - 1) if labels[t + 1] != -100],
+                "attention": list(range(start, end)),
+            }
+            hidden, maps = document_features(kind, engine, model_path, ids[start:end], spec)
+            for t in places[spec.hidden_mask] if hidden else []:
+                states.append(np.stack([layer[t - start] for layer in hidden])[:, None])
+            for query in places[spec.attention_mask] if maps else []:
+                for key in places[spec.attention_mask]:
+                    if key <= query:
+                        of_heads = np.stack([layer[:, query - start, key - start] for layer in maps])[..., None]
+                        pairs.append(of_heads.mean(axis=1, keepdims=True) if spec.mean_over_heads else of_heads)
+        found = torch.from_numpy(answer.hidden.copy()).view(torch.bfloat16).double().numpy()
+        assert len(found) == len(spec.hidden_layers)
+        if spec.hidden_layers:
+            np.testing.assert_allclose(found, np.concatenate(states, axis=1), rtol=2**-8, atol=1e-4)
+        np.testing.assert_allclose(answer.attention, np.concatenate(pairs, axis=2), rtol=2**-10, atol=1e-5)
+        assert Features.decode(answer.encode()).spec == spec
+
+
+@with_features
+def test_batch_size_changes_no_feature(kind, model_path, rows) -> None:
+    request = Request(FEATURES, top_k=4, features=SPECS[1])
+    one, all_at_once = (
+        build(kind, model_path, batch_size=size, returns_attention=True).annotate(rows, request) for size in (1, 16)
+    )
+    for a, b in zip(one, all_at_once, strict=True):
+        np.testing.assert_allclose(a.attention, b.attention, atol=1e-3)
+        states = [torch.from_numpy(x.hidden.copy()).view(torch.bfloat16).float().numpy() for x in (a, b)]
+        np.testing.assert_allclose(*states, rtol=2**-7, atol=1e-5)
+
+
+@with_features
+def test_features_are_asked_for_with_their_kind_alone(kind, model_path, rows) -> None:
+    engine = build(kind, model_path)
+    for request in (Request(FEATURES), Request(features=SPECS[0])):
+        with pytest.raises(ValueError, match="allowed: with 'features' alone"):
+            engine.annotate(rows, request)
 
 
 @pytest.mark.parametrize("kind", CASES)

@@ -5,11 +5,8 @@ Everything is given whole: states [B, T, H], maps [B, h, T, T], labels and posit
 skipped here. Each returns (sum, count) of some rows: the loss is sum / count of the global batch.
 """
 
-<<<<<<< HEAD
-=======
 import itertools
 
->>>>>>> 6d2854a34fd54617075ed9214fd63500b63ebd53
 import torch
 from torch import Tensor
 
@@ -39,11 +36,7 @@ def hidden_state(
     total, count = torch.zeros((), dtype=torch.float64), 0
     for index, (states, targets) in enumerate(zip(student, teacher, strict=True)):
         for row, (row_labels, row_positions) in enumerate(zip(labels, positions, strict=True)):
-<<<<<<< HEAD
-            for t in sum(counted(row_labels, row_positions, mask), []):
-=======
             for t in itertools.chain(*counted(row_labels, row_positions, mask)):
->>>>>>> 6d2854a34fd54617075ed9214fd63500b63ebd53
                 s, q = states[row, t], targets[row, t]
                 if projectors is not None:
                     s = torch.stack([(line * s).sum() for line in projectors[index]])

@@ -10,6 +10,7 @@ config.json of two models shows not to work; a Term is what is left, numbers alo
     term(features of the student, what the teacher sent, projectors) -> the sum over a micro-batch, a scalar
     term.count(what the teacher sent) -> what the sum is divided by, of this micro-batch
 
+Defaults in `Config` are literals: `--help` prints them without importing the file.
 Sum and count are added up over all micro-batches and ranks and divided once, so the value does not depend on how the
 global batch was cut. Constants (width, heads, layers) are divided inside. Values are computed in float32 at least.
 """

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 
 from ray_kd.errors import ConfigError
 from ray_kd.losses.feature_batch import FeatureBatch
-from ray_kd.losses.layer_map import PROPORTIONAL, LayerMap, ModelShape, check_choice, resolve_layers
+from ray_kd.losses.layer_map import LayerMap, ModelShape, check_choice, resolve_layers
 from ray_kd.losses.precision import at_least_float32
 from ray_kd.payloads import FeatureSpec
-from ray_kd.payloads.features import MASKS, TARGETS
+from ray_kd.payloads.features import MASKS
 
 MSE, KL, MATCH, MEAN = "mse", "kl", "match", "mean"
 _FLOOR = 1e-7
@@ -37,17 +37,17 @@ _FLOOR = 1e-7
 class Config:
     """Which maps are compared, and how."""
 
-    measure: str = MSE
+    measure: str = "mse"
     """mse | kl: the squared error a pair of tokens, or the KL over the keys of each query, teacher first."""
     layers: list[int] = field(default_factory=lambda: [-1])
     """The student's layers: 0 is the first one, -1 the last one."""
     teacher_layers: list[int] | None = None
     """The teacher's, one for each of layers, counted alike; null: by map."""
-    map: str = PROPORTIONAL
+    map: str = "proportional"
     """proportional | same: the teacher layer at the same depth, or of the same index."""
-    mask: str = TARGETS
+    mask: str = "targets"
     """targets | attention: pairs of positions that predict a label, or of all that are not padding."""
-    heads: str = MATCH
+    heads: str = "match"
     """match | mean: head by head, as many on both sides, or the means over heads, which is all that is sent then."""
     normalize_rows: bool | None = None
     """Whether each query's probabilities are made to sum to one over its keys; null: for kl, which needs it."""

@@ -20,10 +20,10 @@ from torch.nn import functional
 from ray_kd.errors import ConfigError
 from ray_kd.losses.feature_batch import FeatureBatch
 from ray_kd.losses.features import Projectors
-from ray_kd.losses.layer_map import PROPORTIONAL, LayerMap, ModelShape, check_choice, resolve_layers
+from ray_kd.losses.layer_map import LayerMap, ModelShape, check_choice, resolve_layers
 from ray_kd.losses.precision import at_least_float32
 from ray_kd.payloads import FeatureSpec
-from ray_kd.payloads.features import MASKS, TARGETS
+from ray_kd.payloads.features import MASKS
 
 MSE, COSINE, LINEAR = "mse", "cosine", "linear"
 _EPSILON = 1e-6
@@ -33,16 +33,16 @@ _EPSILON = 1e-6
 class Config:
     """Which states are compared, and how."""
 
-    measure: str = MSE
+    measure: str = "mse"
     """mse | cosine: the squared error a channel, or one minus the cosine."""
     layers: list[int] = field(default_factory=lambda: [-1])
     """The student's hidden states: 0 is what the embeddings give, i what the i-th layer gives, -1 the last one, after
     the final norm."""
     teacher_layers: list[int] | None = None
     """The teacher's, one for each of layers, counted alike; null: by map."""
-    map: str = PROPORTIONAL
+    map: str = "proportional"
     """proportional | same: the teacher layer at the same depth, or of the same index."""
-    mask: str = TARGETS
+    mask: str = "targets"
     """targets | attention: the positions that predict a label, or all that are not padding."""
     projector: str | None = None
     """linear: a map from the student's width to the teacher's, learnt for each layer; needed where they differ."""

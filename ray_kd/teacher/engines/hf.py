@@ -207,7 +207,8 @@ class Engine:
     def _nothing(self, num_rows: int, spec: FeatureSpec) -> DecoderOutputs:
         """The outputs of rows without a token."""
         states = self._head.weight.new_empty(num_rows, 0, self._head.width)
-        maps = states.new_empty(num_rows, self._model.config.get_text_config().num_attention_heads, 0, 0)
+        num_heads = self._model.config.get_text_config().num_attention_heads if spec.attention_layers else 0
+        maps = states.new_empty(num_rows, num_heads, 0, 0)
         return DecoderOutputs(states, [states] * len(spec.hidden_layers), [maps] * len(spec.attention_layers))
 
 

@@ -5,7 +5,7 @@ import json
 import pickle
 import random
 import threading
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +14,7 @@ import pytest
 from ray_kd import schema
 from ray_kd.data.order import SlotOrder
 from ray_kd.errors import ConfigError, RetryableError
-from ray_kd.payloads import HIDDEN_STATES, HiddenStates, TopKLogprobs, topk_logprobs
+from ray_kd.payloads import FEATURES, HIDDEN_STATES, Features, FeatureSpec, HiddenStates, TopKLogprobs, topk_logprobs
 from ray_kd.teacher import cache as caches
 from ray_kd.teacher.cache import Cache, Contents, cut, open_cache
 from ray_kd.teacher.engine import Request
@@ -256,6 +256,56 @@ def test_another_tokenizer_is_refused_by_name(filled, tmp_path):
         open_cache(path, replace(ASKED, tokenizer="new"), "write_through", False)
 
 
+LAYERS = FeatureSpec((1, 2), "attention", (0,), "targets")
+ASKED_FEATURES = Contents.of(
+    Request(FEATURES, top_k=TOP_K, features=LAYERS),
+    **{name: getattr(ASKED, name) for name in ("data", "num_rows", "tokenizer", "model", "revision", "teacher", "dtype",
+                                               "engine", "wire")},
+)  # fmt: skip
+
+
+def test_features_are_asked_for_again_as_they_were(tmp_path):
+    cache = open_cache(tmp_path, ASKED_FEATURES, "write_through", False)
+    assert Cache(cache.folder, is_written=False).contents == ASKED_FEATURES
+    assert cache.contents.request == Request(FEATURES, top_k=TOP_K, features=LAYERS)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (
+            replace(ASKED_FEATURES, features=replace(LAYERS, hidden_layers=(1,)).to_json()),
+            r"its features is .*\[1, 2\]",
+        ),
+        (
+            replace(ASKED_FEATURES, features=replace(LAYERS, mean_over_heads=True).to_json()),
+            "its features is .*, not .*heads.: true",
+        ),
+        (replace(ASKED_FEATURES, top_k=4), r"its answers have K = 8 tokens, not teacher\.top_k=4"),
+        (ASKED, "its payload is features, not topk_logprobs"),
+    ],
+)
+def test_other_features_are_refused_by_name(tmp_path, asked, message):
+    open_cache(tmp_path, ASKED_FEATURES, "write_through", False)
+    with pytest.raises(ConfigError, match=rf"^teacher\.cache '.*' does not fit: {message}") as error:
+        open_cache(tmp_path, asked, "read", False)
+    assert "\n" not in str(error.value)
+
+
+def test_a_cache_from_before_there_were_features_stays_what_it_is(filled):
+    cache, expected = filled
+    manifest = cache.folder / "manifest.json"
+    older = json.loads(manifest.read_text())
+    del older["features"]
+    manifest.write_text(json.dumps(older))
+    assert older.keys() == {field.name for field in fields(Contents)} - {"features"}
+    # The digest that stands in the files of such a cache, computed as it was then.
+    then = hashlib.sha256(json.dumps({**older, "model": None}, sort_keys=True).encode()).hexdigest()[:32]
+    again = open_cache(cache.folder.parent, ASKED, "read", False)
+    assert again.contents.digest == then
+    assert again.read([0, 39]) == [expected[0], expected[39]]
+
+
 def test_a_damaged_manifest_is_an_error_of_one_line(filled):
     (filled[0].folder / "manifest.json").write_text('{"data": ')
     with pytest.raises(ConfigError, match=r"manifest\.json' is no manifest of a teacher cache"):
@@ -330,12 +380,21 @@ def test_hidden_states_have_no_k_to_cut(tmp_path, monkeypatch):
             assert request.kind == HIDDEN_STATES
             return [HiddenStates(bits)] * len(rows["row_id"])
 
-    monkeypatch.setattr(EngineSpec, "build", lambda self: Stub())
+    monkeypatch.setattr(EngineSpec, "build", lambda self, request: Stub())
     hidden = replace(ASKED, payload=HIDDEN_STATES, top_k=None, temperature=None, selection=None)
     cache = open_cache(tmp_path / "cache", hidden, "write_through", False)
     for _ in range(2):
         (sent,) = answers(stage(tmp_path / "run", cache, top_k=4)(block([4])))
         np.testing.assert_array_equal(HiddenStates.decode(sent).bits, bits)
+
+
+def test_features_are_read_as_they_were_computed(tmp_path):
+    cache = open_cache(tmp_path / "cache", ASKED_FEATURES, "write_through", False)
+    computed = answers(stage(tmp_path / "one", cache)(block([3, 4, 7], dummies=[7])))
+    assert [bool(payload) for payload in computed] == [True, True, False]
+    assert {Features.decode(payload).spec for payload in computed[:2]} == {LAYERS}
+    read = stage(tmp_path / "two", Cache(cache.folder, is_written=False), spec=None)
+    assert answers(read(block([4, 3]))) == [computed[1], computed[0]]
 
 
 @pytest.mark.parametrize("num_rows", [5, 51])

@@ -10,8 +10,8 @@ import torch
 from ray_kd import models, schema
 from ray_kd.config import Teacher
 from ray_kd.errors import ConfigError
-from ray_kd.payloads import HIDDEN_STATES
-from ray_kd.teacher.engine import Request
+from ray_kd.payloads import FEATURES, HIDDEN_STATES, FeatureSpec
+from ray_kd.teacher.engine import Request, RowError
 from ray_kd.teacher.engines import hf
 from ray_kd.teacher.stage import EngineSpec
 from tests.reference.teacher_rows import row_logprobs
@@ -22,6 +22,9 @@ DOCUMENTS = ([48], [20, 1, 2, 16], [3], [24, 24], [1, 30], [9, 4], [40])
 """Lengths of the documents of each row; what is left of T is padding."""
 LENGTHS = [47, 38, 2, 0, 30, 1, 19]
 """Tokens up to each row's last target: row 3 has none, that of row 5 is its first token, those of row 6 end early."""
+
+LENGTHS_OF_REAL = [48, 39, 3, 24, 31, 13, 40]
+"""Tokens of each row before its padding: a last document without a label, which in row 3 is one that was to be one."""
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +130,56 @@ def test_the_configured_tokens_reach_the_engine(model_path, rows):
     EngineSpec.of(teacher, threads=torch.get_num_threads()).build()  # which does not take them
 
 
+FEATURES_ASKED = Request(FEATURES, top_k=4, features=FeatureSpec((1,), "targets", (0,), "attention"))
+
+
+def test_attention_is_of_an_engine_that_was_built_for_it_and_its_memory_is_said_once(model_path, rows, caplog):
+    spec = EngineSpec.of(Teacher(model=model_path, batch_size=2), threads=torch.get_num_threads())
+    with pytest.raises(ValueError, match="built without eager attention"):
+        spec.build().annotate(rows, FEATURES_ASKED)
+    engine = spec.build(FEATURES_ASKED)
+    assert engine._model.config._attn_implementation == "eager"
+    with caplog.at_level("INFO", logger="ray_kd"):
+        for _ in range(2):
+            engine.annotate(rows, FEATURES_ASKED)
+    # Two layers of four heads, two rows of 48 tokens, float64.
+    nbytes = 2 * 4 * 2 * 48**2 * 8
+    assert [record.message for record in caplog.records] == [
+        f"eager attention makes {nbytes / 1e6:.1f} MB of maps in a forward of 2 x 48 tokens"
+    ]
+    assert spec.build(Request())._model.config._attn_implementation == "sdpa"
+
+
+def test_rows_are_cut_after_the_last_position_that_a_feature_is_of(build, rows):
+    engine = build(batch_size=2)
+    shapes = forwards(engine)
+    engine.annotate(rows, Request(FEATURES, top_k=4, features=FeatureSpec((2,), "targets")))
+    assert shapes == [(2, 47), (2, 30), (2, 19)]  # as without features
+    shapes.clear()
+    engine.annotate(rows, Request(FEATURES, top_k=4, features=FeatureSpec((2,), "attention")))
+    assert shapes == [(2, 48), (2, 24), (2, 31), (1, 40)]  # row 3 has no target, and tokens before its last document
+
+
+def test_a_feature_that_is_not_finite_refuses_its_row_alone(build, rows, monkeypatch):
+    engine = build(batch_size=16)
+    bad = rows["input_ids"][2, 0]
+    assert (rows["input_ids"] == bad).any(axis=1).sum() < len(rows["input_ids"])
+
+    def spoil(layer, args, output):
+        return output.masked_fill((args[0] == 0).all(dim=-1, keepdim=True), torch.inf)
+
+    engine._model.model.embed_tokens.weight.data[bad] = 0.0
+    engine._model.model.layers[0].register_forward_hook(spoil)
+    answers = engine.annotate(rows, Request(FEATURES, top_k=4, features=FeatureSpec((1,), "attention")))
+    for row, answer in enumerate(answers):
+        is_bad = bad in rows["input_ids"][row][: LENGTHS_OF_REAL[row]]
+        assert isinstance(answer, RowError) == bool(is_bad)
+        if is_bad:
+            assert "not finite at" in answer.reason
+    with_states = engine.annotate(rows, Request(FEATURES, top_k=4, features=FeatureSpec((0,), "attention")))
+    assert isinstance(with_states[2], RowError), "its log-probabilities have no answer either"
+
+
 MODULES = ("model.embed_tokens", "model.rotary_emb", "model.layers.0", "model.layers.1", "model.norm", "lm_head")
 
 
@@ -141,7 +194,8 @@ def test_a_model_in_several_places_has_the_answers_of_one_in_one(build, model_pa
     hooked = [name for name, module in engine._model.named_modules() if hasattr(module, "_hf_hook")]
     assert set(on_disk) <= set(hooked)
     assert bool(on_disk) == any(weight.is_meta for weight in engine._model.parameters())
-    for request in (Request(top_k=8), Request(top_k=8, selection="sample"), Request(kind=HIDDEN_STATES)):
+    features = Request(FEATURES, top_k=8, features=FeatureSpec((0, 1, 2), "attention"))
+    for request in (Request(top_k=8), Request(top_k=8, selection="sample"), Request(kind=HIDDEN_STATES), features):
         expected = build().annotate(rows, request)
         assert [answer.encode() for answer in engine.annotate(rows, request)] == [one.encode() for one in expected]
 
