@@ -19,6 +19,9 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandat
 from ray_kd import plugins, storage
 from ray_kd.errors import ConfigError
 
+STRICT, SHARED = "strict", "shared"
+"""What `teacher.vocabulary` may be."""
+
 
 @dataclass
 class Run:
@@ -107,6 +110,9 @@ class Teacher(TeacherModel):
     """topk: the most likely tokens | sample: top_k draws from the teacher, unbiased (forward_kl with tail drop)."""
     wire: str = "plain"
     """How answers travel to the student: plain (fp16, least work) | compact (about half the bytes, for slow links)."""
+    vocabulary: str = "strict"
+    """Heads of teacher and student: strict (of as many rows) | shared (rows that the tokenizer has no token for are
+    padding: the teacher's distribution is over the tokens alone, and the numbers of rows may differ)."""
     max_bytes_per_token: int | None = None
     """Most bytes of a token that the link to the student may carry, above which the run is refused. Default: any."""
     run_ahead_rows: int = 64
@@ -130,6 +136,16 @@ class StudentInit:
     """How many teacher layers to keep (chosen by `select`), or an explicit list of layer indices."""
     select: str = "block_influence"
     """How to choose when `layers` is a number: block_influence (1 - cos of a layer's input and output)."""
+    intermediate_size: int | None = None
+    """MLP neurons to keep in each layer, those of highest activation (Minitron). Default: all."""
+    num_attention_heads: int | None = None
+    """Query heads to keep in each layer, as many of each KV head that is kept. Default: all."""
+    num_key_value_heads: int | None = None
+    """KV heads to keep in each layer. Default: all, or num_attention_heads where the teacher has as many of both."""
+    hidden_size: int | None = None
+    """Channels of the residual stream to keep, the same in all layers. Default: all."""
+    calibration_rows: int = 16
+    """Training rows on which layers, neurons, heads and channels are measured."""
 
 
 ALL_LINEAR = "all-linear"
@@ -156,7 +172,7 @@ class Student:
     revision: str | None = None
     """Hub revision of the student."""
     init: StudentInit | None = None
-    """Make the student from the teacher's layers: {layers: 15, select: block_influence}."""
+    """Make the student from the teacher's layers, whole or narrower: {layers: 15, intermediate_size: 1024}."""
     lora: Lora | None = None
     """Train low-rank adapters beside the student's weights, which stay as they are: {r: 16, alpha: 32}."""
     freeze: list[str] = field(default_factory=list)

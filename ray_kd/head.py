@@ -54,6 +54,15 @@ class Head:
         """The same head, out of autograd."""
         return Head(self.weight.detach(), None if self.bias is None else self.bias.detach(), self.softcap, self.scale)
 
+    def over(self, vocab_size: int | None) -> "Head":
+        """The head of the first vocab_size ids, a view; None: of all. Raises ValueError when it has fewer."""
+        if vocab_size is None:
+            return self
+        if vocab_size > self.vocab_size:
+            raise ValueError(f"the head has {self.vocab_size} rows, less than {vocab_size}")
+        bias = None if self.bias is None else self.bias[:vocab_size]
+        return Head(self.weight[:vocab_size], bias, self.softcap, self.scale)
+
     def to(self, device: torch.device | str) -> "Head":
         """The same head on another device."""
         bias = None if self.bias is None else self.bias.to(device)

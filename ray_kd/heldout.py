@@ -39,6 +39,8 @@ class HeldOut:
     is_exact: bool
     """KL over the whole vocabulary where there is one teacher and its model can be loaded; else, and without it, top k
     and a bucket."""
+    vocab_size: int | None = None
+    """Of the teachers' distributions, as in their `Request`."""
 
 
 def make_evaluate(spec: HeldOut, device: "torch.device") -> Callable[[Any], dict[str, float]]:
@@ -107,6 +109,7 @@ def _targets(spec: HeldOut, rows: dict[str, Any], device: "torch.device") -> "Te
             dtype=teacher.dtype,
             device=device,
             batch_size=spec.batch_size,
+            vocab_size=spec.vocab_size,
         )
     routes = rows[schema.ROUTE]
     answers: list[TopKLogprobs | None] = [None] * len(routes)
@@ -116,7 +119,8 @@ def _targets(spec: HeldOut, rows: dict[str, Any], device: "torch.device") -> "Te
         engine = teacher.build()
         try:
             said = engine.annotate(
-                {name: rows[name][own] for name in schema.PREPARED_COLUMNS}, Request(top_k=spec.top_k, temperature=1.0)
+                {name: rows[name][own] for name in schema.PREPARED_COLUMNS},
+                Request(top_k=spec.top_k, temperature=1.0, vocab_size=spec.vocab_size),
             )
         finally:
             engine.close()

@@ -157,7 +157,8 @@ def _report_attention(config: RunConfig, key: str, model: "PreTrainedConfig", sh
 
     size = {"float32": 4}.get(config.student.dtype, 2)
     nbytes = attention_nbytes(model, config.train.micro_batch_size, config.data.sequence_length, size)
-    nbytes = nbytes * shape.num_layers // _shape(model).num_layers
+    whole = _shape(model)
+    nbytes = nbytes * shape.num_layers // whole.num_layers * (shape.num_heads or 1) // (whole.num_heads or 1)
     logger.info("%s: the student's attention is eager, %.1f MB of maps a micro-batch", key, nbytes / 1e6)
 
 
@@ -198,8 +199,13 @@ def _student_shape(config: RunConfig, teacher: "PreTrainedConfig", student: "Pre
     if student is not None:
         return _shape(student)
     assert config.student.init is not None  # validate: exactly one of model and init
-    layers = config.student.init.layers
-    return replace(_shape(teacher), num_layers=len(layers) if isinstance(layers, list) else layers)
+    from ray_kd.models import asked_widths, check_widths
+
+    layers, shape = config.student.init.layers, _shape(teacher)
+    if asked := asked_widths(config.student.init):
+        widths = check_widths(teacher, asked)
+        shape = replace(shape, width=widths.hidden_size, num_heads=widths.num_attention_heads)
+    return replace(shape, num_layers=len(layers) if isinstance(layers, list) else layers)
 
 
 def _plain(shape: "ModelShape") -> _Plain:

@@ -32,7 +32,7 @@ from ray_kd import (
     teacher_cache,
 )
 from ray_kd import config as configuration
-from ray_kd.config import Pool, RunConfig, Student
+from ray_kd.config import Pool, RunConfig, Student, StudentInit
 from ray_kd.data.order import SlotOrder
 from ray_kd.data.prepared import PreparedData
 from ray_kd.errors import EXIT_BUG, EXIT_DONE, RayKDError, RetryableError
@@ -70,7 +70,6 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_INFLUENCE_ROWS = 16  # rows on which block influence is measured; the ranking is stable from a few thousand tokens on
 _MAX_BLOCK_NBYTES = 32 * 2**20
 _BLOCKS_A_PROCESS = 4  # being made, in the queue, on the way, being used
 
@@ -94,7 +93,7 @@ def distill(config: RunConfig) -> dict[str, Any]:
     with launch.interruptible(), driver_lock(run_dir) as held, cluster.connecting(config) as wait_for_ray:
         check_settings(config)
         run_folder.check_identity(run_dir, config)
-        vocab_size = validate(config).teacher.vocab_size
+        vocab_size = validate(config).vocab_size
         plan = _plan(config)
         content = _content(config, plan)
         run_folder.check_content(run_dir, content)  # before anything is written: the run may be another
@@ -130,7 +129,7 @@ def cache_teacher(config: RunConfig) -> list[teacher_cache.Filled]:
     Raises ConfigError, DataError or RetryableError with one line for the user.
     """
     config.teacher.cache.mode = WRITE_THROUGH
-    vocab_size = validate(config).teacher.vocab_size
+    vocab_size = validate(config).vocab_size
     with cluster.connected(config, trains=False), launch.interruptible():
         prepared = prepare(config)
         filled = []
@@ -243,27 +242,30 @@ def _student(config: RunConfig, run_dir: Path, prepared: PreparedData) -> str:
     if config.student.model is not None:
         return config.student.model
 
-    from ray_kd.models import model_identity
+    from ray_kd.models import asked_widths, model_identity
 
     init = config.student.init
     assert init is not None  # validate: exactly one of model and init
-    teacher = config.teacher
+    teacher, widths = config.teacher, asked_widths(init)
+    # An explicit list of whole layers does not depend on the data.
+    is_measured = widths or not isinstance(init.layers, list)
     key = {
         "teacher": model_identity(teacher.model, teacher.revision),
         "layers": init.layers,
-        # An explicit list does not depend on the data.
-        "measured": None if isinstance(init.layers, list) else [init.select, prepared.manifest.fingerprint],
+        "widths": widths,
+        "measured": [init.select, init.calibration_rows, prepared.manifest.fingerprint] if is_measured else None,
     }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     folder = run_dir.parent / "student_init" / digest
     if not (folder / "config.json").exists():
         start = time.perf_counter()
         make = partial(
-            _make_student, teacher.model, teacher.revision, init.layers, str(prepared.folder), str(folder),
+            _make_student, teacher.model, teacher.revision, init, str(prepared.folder), str(folder),
             cluster.physical_cores(), teacher.pool.num_gpus > 0,
         )  # fmt: skip
         layers = _on_teacher_pool(config, make, "the student's init")
-        logger.info("student: the teacher's layers %s (%.1f s)", layers, time.perf_counter() - start)
+        narrower = "".join(f", {name} {size}" for name, size in widths.items())
+        logger.info("student: the teacher's layers %s%s (%.1f s)", layers, narrower, time.perf_counter() - start)
     return str(folder)
 
 
@@ -302,23 +304,28 @@ def _call(function: Callable[[], T]) -> T:
 
 
 def _make_student(
-    teacher: str, revision: str | None, layers: int | list[int], prepared_dir: str, out_dir: str, threads: int,
-    on_gpu: bool,
-) -> list[int]:  # fmt: skip
+    teacher: str, revision: str | None, init: StudentInit, prepared_dir: str, out_dir: str, threads: int, on_gpu: bool
+) -> list[int]:
     import torch
 
     from ray_kd import models
 
     torch.set_num_threads(threads)
-    if isinstance(layers, int):
+    layers: int | list[int] = init.layers
+    kept, asked = None, models.asked_widths(init)
+    if asked or isinstance(layers, int):
         prepared = PreparedData(prepared_dir)
-        columns = schema.to_numpy(prepared.read_rows(np.arange(min(_INFLUENCE_ROWS, prepared.num_rows))))
+        rows = schema.to_numpy(prepared.read_rows(np.arange(min(init.calibration_rows, prepared.num_rows))))
+        columns = rows[schema.INPUT_IDS], rows[schema.POSITION_IDS]
         model = models.load_causal_lm(teacher, revision, device="cuda" if on_gpu else "cpu")
-        scores = models.block_influence(model, columns[schema.INPUT_IDS], columns[schema.POSITION_IDS])
+        if isinstance(layers, int):
+            layers = models.choose_layers(models.block_influence(model, *columns), layers)
+        if asked:
+            widths = models.check_widths(model.config, asked)
+            kept = models.choose_widths(model.config, models.width_importance(model, *columns), widths, layers)
         del model
-        layers = models.choose_layers(scores, layers)
     with storage.store_errors(), storage.drafted_folder(storage.path(out_dir), last="config.json") as draft:
-        models.init_from_layers(teacher, layers, str(draft), revision=revision)
+        models.init_from_layers(teacher, layers, str(draft), revision=revision, kept=kept)
     return layers
 
 
@@ -386,15 +393,15 @@ def _teacher_payload(
         if teacher.payload == FEATURES:
             nbytes = objectives.planned_nbytes_per_token(config)
         return _TeacherPayload(teachers, expected, nbytes, None)
-    from ray_kd.models import head_shape
+    from ray_kd import models
 
     folder = run_dir / run_folder.TEACHER_HEAD
-    shape = head_shape(folder)
+    shape = models.head_shape(folder)
     if shape is None:
         start = time.perf_counter()
         make = partial(
             _make_head, teacher.model, teacher.revision, teacher.dtype, str(folder), cluster.physical_cores(),
-            teacher.pool.num_gpus > 0,
+            teacher.pool.num_gpus > 0, models.shared_vocab_size(teacher),
         )  # fmt: skip
         shape = _on_teacher_pool(config, make, "saving the teacher's head")
         logger.info("the teacher's head of %d x %d is saved (%.1f s)", shape.vocab_size, shape.width,
@@ -409,8 +416,14 @@ def _teacher_payload(
     return _TeacherPayload(teachers, expected, nbytes, str(folder))
 
 
-def _make_head(teacher: str, revision: str | None, dtype: str, out_dir: str, threads: int, on_gpu: bool) -> "HeadShape":
-    """Raises ConfigError for a model whose logits are not those of a head that could be rebuilt."""
+def _make_head(
+    teacher: str, revision: str | None, dtype: str, out_dir: str, threads: int, on_gpu: bool,
+    vocab_size: int | None = None,
+) -> "HeadShape":  # fmt: skip
+    """Save the teacher's head, of vocab_size rows or all; the shape of it.
+
+    Raises ConfigError for a model whose logits are not those of a head that could be rebuilt.
+    """
     import torch
 
     from ray_kd import models
@@ -419,7 +432,7 @@ def _make_head(teacher: str, revision: str | None, dtype: str, out_dir: str, thr
     model = models.load_causal_lm(teacher, revision, dtype, device="cuda" if on_gpu else "cpu")
     models.check_architecture(model)
     with storage.store_errors(), storage.drafted_folder(storage.path(out_dir), last="head.json") as draft:
-        return models.save_head(models.head_of(model), draft)
+        return models.save_head(models.head_of(model).over(vocab_size), draft)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray_kd import checkpoint, cluster, run_folder, storage, summary
-from ray_kd.config import RunConfig, Student, each_teacher, has_frozen, to_yaml
+from ray_kd.config import RunConfig, Student, StudentInit, each_teacher, has_frozen, to_yaml
 from ray_kd.data.prepared import PreparedData
 from ray_kd.errors import ConfigError, DataError
 from ray_kd.heldout import HeldOut, evaluate_model
@@ -178,8 +178,9 @@ def held_out(
     from ray_kd import models
 
     teacher = config.teacher
-    vocab_size = models.check_model(teacher.model, teacher.revision, "teacher", needs_weights=False).vocab_size
-    parts = parts_of(config, prepared.manifest.routes, vocab_size)
+    shared = models.shared_vocab_size(teacher)
+    whole = models.check_model(teacher.model, teacher.revision, "teacher", needs_weights=False).vocab_size
+    parts = parts_of(config, prepared.manifest.routes, shared or whole)
     return HeldOut(
         prepared_dir=str(prepared.folder),
         max_rows=config.eval.max_rows if max_rows is None else max_rows,
@@ -191,6 +192,7 @@ def held_out(
         ],
         top_k=config.teacher.top_k,
         is_exact=config.eval.kl == "exact",
+        vocab_size=shared,
     )
 
 
@@ -238,11 +240,7 @@ def _card(config: RunConfig, run_dir: Path, step: int) -> str:
     weights = ["teacher weights", *(f"weights of teachers[{place}]" for place in range(1, len(teachers)))]
     return model_card(
         teachers={one.model: content[of] for one, of in zip(teachers, weights, strict=True)},
-        student_init=(
-            _init_in_words(init.layers, init.select)
-            if init
-            else f"{config.student.model} ({content['student weights']})"
-        )
+        student_init=(_init_in_words(init) if init else f"{config.student.model} ({content['student weights']})")
         + _trained_in_words(config.student),
         data_identity=f"prepared data {content['prepared data']}",
         licences={
@@ -254,12 +252,13 @@ def _card(config: RunConfig, run_dir: Path, step: int) -> str:
     )
 
 
-def _init_in_words(layers: Any, select: str) -> str:
-    return (
-        f"layers {layers} of the teacher"
-        if isinstance(layers, list)
-        else f"{layers} of the teacher's layers ({select})"
-    )
+def _init_in_words(init: StudentInit) -> str:
+    from ray_kd.models import asked_widths
+
+    layers = init.layers
+    kept = f"layers {layers}" if isinstance(layers, list) else f"{layers} of the layers ({init.select})"
+    narrower = ", ".join(f"{name} {size}" for name, size in asked_widths(init).items())
+    return f"{kept} of the teacher{f', cut by activation to {narrower}' if narrower else ''}"
 
 
 def _trained_in_words(student: Student) -> str:

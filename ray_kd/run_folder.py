@@ -12,12 +12,13 @@ metrics.jsonl, quarantine.jsonl, eval_before.json, checkpoints/, final/, summary
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from ray_kd import config as configuration
 from ray_kd import storage
-from ray_kd.config import OneOfTeachers, RunConfig, each_teacher
+from ray_kd.config import STRICT, OneOfTeachers, RunConfig, StudentInit, each_teacher
 from ray_kd.errors import ConfigError
 from ray_kd.payloads import HIDDEN_STATES
 
@@ -34,6 +35,7 @@ _IDENTITY_KEYS = (
     "run.seed",
     "data.source", "data.format", "data.eval_source", "data.eval_fraction", "data.route_by", "data.sequence_length",
     "teacher.model", "teacher.revision", "teacher.engine", "teacher.payload", "teacher.top_k", "teacher.selection",
+    "teacher.vocabulary",
     "teacher.dtype", "teacher.wire", "teachers",
     "eval.max_rows", "eval.kl",
     "student.model", "student.revision", "student.init", "student.lora", "student.freeze", "student.dtype",
@@ -56,7 +58,7 @@ _FREE_OPTIONS = {
 
 _IMPLIED = {
     "data.route_by": None, "teacher.payload": "topk_logprobs", "teacher.selection": "topk", "teacher.wire": "plain",
-    "teachers": None, "student.lora": None, "student.freeze": [],
+    "teacher.vocabulary": STRICT, "teachers": None, "student.lora": None, "student.freeze": [],
 }  # fmt: skip
 """What runs did before these keys existed."""
 
@@ -92,6 +94,8 @@ def identity(config: RunConfig) -> dict[str, Any]:
         values[key] = plain[section][name] if name else plain[section]
     if isinstance(config.teacher.engine, dict):
         values["teacher.engine"] = engine_identity(config)
+    if config.student.init is not None:
+        values["student.init"] = _identity_of_init(config.student.init)
     values["teachers"], values["teachers.model"] = None, None
     if config.teachers:
         values["teachers"] = [_identity_of(one, alone) for one, alone in each_teacher(config)]
@@ -101,6 +105,16 @@ def identity(config: RunConfig) -> dict[str, Any]:
         if config.eval.kl == "exact":
             values["teacher.top_k"] = None
     return values
+
+
+def _identity_of_init(init: StudentInit) -> dict[str, Any]:
+    """Without what runs did before the keys existed, as they recorded it."""
+    values = {item.name: getattr(init, item.name) for item in fields(init)}
+    return {
+        name: value
+        for name, value in values.items()
+        if name in ("layers", "select") or value != getattr(StudentInit, name)
+    }
 
 
 def _identity_of(one: OneOfTeachers | None, alone: RunConfig) -> dict[str, Any]:

@@ -31,12 +31,15 @@ _REPORT_EVERY_S = 10.0
 
 def asked_of_teacher(config: RunConfig) -> Request:
     """What the student needs to know of every target position."""
+    from ray_kd.models import shared_vocab_size
+
     return Request(
         kind=config.teacher.payload,
         top_k=config.teacher.top_k,
         temperature=objectives.payload_temperature(config),
         selection=config.teacher.selection,
         seed=config.run.seed,
+        vocab_size=shared_vocab_size(config.teacher),
         features=objectives.asked_features(config),
     )
 

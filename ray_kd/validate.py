@@ -16,10 +16,13 @@ from typing import TYPE_CHECKING, Any
 from ray_kd import cluster, objectives, plugins, schedules, storage
 from ray_kd.config import (
     ALL_LINEAR,
+    SHARED,
+    STRICT,
     Loss,
     OneOfTeachers,
     RunConfig,
     Student,
+    StudentInit,
     Teacher,
     Train,
     each_teacher,
@@ -41,6 +44,7 @@ _CHOICES = {
     "teacher.cache.mode": MODES,
     "teacher.payload": (TOPK_LOGPROBS, HIDDEN_STATES, FEATURES),
     "teacher.selection": SELECTIONS,
+    "teacher.vocabulary": (STRICT, SHARED),
     "student.dtype": ("float32", "bfloat16", "float16"),
     "student.liger": ("auto", "never"),
     "teacher.dtype": ("auto", "float32", "bfloat16", "float16"),
@@ -71,6 +75,7 @@ class Models:
 
     teacher: "PreTrainedConfig"
     student: "PreTrainedConfig | None"  # None when the student is made from the teacher
+    vocab_size: int  # of the teacher's distributions
 
 
 def check_values(config: RunConfig) -> None:
@@ -308,6 +313,14 @@ def _warn_without_effect(config: RunConfig) -> None:
         and f"a {plugins.kind_of(config.loss.divergence)} of logits is the same at any"
     )
     idle["loss.tail"] = is_dense and config.loss.tail != Loss.tail and f"teacher.payload={HIDDEN_STATES} leaves no tail"
+    init = config.student.init
+    idle["student.init.calibration_rows"] = (
+        init is not None
+        and init.calibration_rows != StudentInit.calibration_rows
+        and isinstance(init.layers, list)
+        and not models.asked_widths(init)
+        and "the layers are listed and keep their widths"
+    )
     joins = cluster.address(config) is not None
     is_elastic = isinstance(config.train.num_workers, list)
     idle["the range of train.num_workers"] = is_elastic and not joins and "a local Ray always has room for the most"
@@ -342,6 +355,7 @@ def _check_models(config: RunConfig) -> Models:
             models.load_tokenizer(config.student.model, config.student.revision),
             teacher.vocab_size,
             student.vocab_size,
+            vocabulary=teacher_key.vocabulary,
         ):
             logger.warning("%s", warning)
         if models.model_identity(teacher_key.model, teacher_key.revision) == models.model_identity(
@@ -349,7 +363,7 @@ def _check_models(config: RunConfig) -> Models:
         ):
             logger.warning("teacher and student are the same model: the distillation loss starts at 0")
     elif config.student.init is not None:
-        _check_init(config.student.init.layers, config.student.init.select, teacher.num_hidden_layers)
+        _check_init(config.student.init, teacher)
     objectives.check_models(config, teacher, student)
     if has_frozen(config.student):
         _check_trainable(config.student, student or teacher)
@@ -358,7 +372,19 @@ def _check_models(config: RunConfig) -> Models:
         _check_length(config.data.sequence_length, "teacher" if one is None else f"teacher '{one.name}'", model)
     if student is not None:
         _check_length(config.data.sequence_length, "student", student)
-    return Models(teacher, student)
+    return Models(teacher, student, _vocab_size(config, [*found, student or teacher]))
+
+
+def _vocab_size(config: RunConfig, found: "Sequence[PreTrainedConfig]") -> int:
+    """Of the teachers' distributions; found: of all models, a teacher first."""
+    from ray_kd import models
+
+    shared = models.shared_vocab_size(config.teacher)
+    if shared is None:
+        return int(found[0].vocab_size)
+    if all(model.vocab_size == shared for model in found):
+        logger.warning("teacher.vocabulary has no effect: all heads have one row for each of the %d ids", shared)
+    return shared
 
 
 def _check_engine(config: RunConfig) -> None:
@@ -392,8 +418,12 @@ def _check_teacher(config: RunConfig, lends_layers: bool) -> "PreTrainedConfig":
     needs_weights = engine.Engine.is_local_model or lends_layers
     found = models.check_model(teacher.model, teacher.revision, "teacher", needs_weights)
     needs_topk = teacher.payload != HIDDEN_STATES or _is_evaluated_by_topk(config, engine.Engine)
-    _require(not needs_topk or teacher.top_k <= found.vocab_size, "teacher.top_k", teacher.top_k,
-             f"at most the teacher's vocabulary of {found.vocab_size}")  # fmt: skip
+    vocab_size = models.shared_vocab_size(teacher) or found.vocab_size
+    _require(vocab_size <= found.vocab_size, "teacher.vocabulary", teacher.vocabulary,
+             f"{STRICT}: the tokenizer has {vocab_size} ids and the teacher's head only {found.vocab_size} rows",
+    )  # fmt: skip
+    _require(not needs_topk or teacher.top_k <= vocab_size, "teacher.top_k", teacher.top_k,
+             f"at most the teacher's vocabulary of {vocab_size}")  # fmt: skip
     return found
 
 
@@ -403,7 +433,7 @@ def _check_same_tokens(config: RunConfig, found: "Sequence[PreTrainedConfig]") -
 
     for one, model in zip(config.teachers[1:], found[1:], strict=True):
         first = config.teachers[0]
-        if model.vocab_size != found[0].vocab_size:
+        if model.vocab_size != found[0].vocab_size and config.teacher.vocabulary == STRICT:
             raise ConfigError(
                 f"teachers: '{one.name}' has a vocabulary of {model.vocab_size}: allowed is that of '{first.name}', "
                 f"{found[0].vocab_size}"
@@ -411,6 +441,7 @@ def _check_same_tokens(config: RunConfig, found: "Sequence[PreTrainedConfig]") -
         models.compare_vocabularies(
             models.load_tokenizer(first.model, first.revision), models.load_tokenizer(one.model, one.revision),
             found[0].vocab_size, model.vocab_size, names=(f"teacher '{first.name}'", f"teacher '{one.name}'"),
+            vocabulary=config.teacher.vocabulary,
         )  # fmt: skip
 
 
@@ -446,15 +477,19 @@ def _temperatures(temperature: float, engine: Any) -> list[float]:
     return [1, temperature] if getattr(engine, "any_temperature", True) else [1]
 
 
-def _check_init(layers: Any, select: str, total: int) -> None:
-    from ray_kd.models import check_layers
+def _check_init(init: StudentInit, teacher: "PreTrainedConfig") -> None:
+    from ray_kd import models
 
+    _require(init.calibration_rows >= 1, "student.init.calibration_rows", init.calibration_rows, "1 or more")
+    layers, total = init.layers, teacher.num_hidden_layers
     if isinstance(layers, list):
-        check_layers(layers, total)
-        return
-    is_count = isinstance(layers, int) and not isinstance(layers, bool) and 1 <= layers <= total
-    _require(is_count, "student.init.layers", layers, f"1 to {total}, or a list of layer indices")
-    _require(select == "block_influence", "student.init.select", select, "block_influence")
+        models.check_layers(layers, total)
+    else:
+        is_count = isinstance(layers, int) and not isinstance(layers, bool) and 1 <= layers <= total
+        _require(is_count, "student.init.layers", layers, f"1 to {total}, or a list of layer indices")
+        _require(init.select == "block_influence", "student.init.select", init.select, "block_influence")
+    if asked := models.asked_widths(init):
+        models.check_widths(teacher, asked)
 
 
 def _check_trainable(student: Student, model: "PreTrainedConfig") -> None:

@@ -97,8 +97,11 @@ class DenseTargets:
         dtype: str = "auto",
         device: torch.device | str = "cpu",
         batch_size: int = 4,
+        vocab_size: int | None = None,
     ) -> "DenseTargets":
         """Load the teacher, run it once over the rows, keep hidden states and head on the host, free the body.
+
+        vocab_size: the teacher's distributions are those over the ids below, None: over all of its head's.
 
         Raises ConfigError when the model cannot be loaded or used on packed rows. Leaves the random state as it was.
         """
@@ -117,7 +120,7 @@ class DenseTargets:
             )
             mask = torch.from_numpy(targets).to(device)
             hidden.extend(out[row][mask[row]].cpu() for row in range(len(targets)))
-        return cls(hidden, head_of(teacher).to("cpu"))
+        return cls(hidden, head_of(teacher).over(vocab_size).to("cpu"))
 
     def is_usable(self, row: int) -> bool:
         """False when the teacher's forward was not finite."""

@@ -7,6 +7,8 @@ head_folder.py  the head kept apart from its model
 features.py what its layers compute: hidden states and attention maps
 layers.py   a student made of the teacher's layers
 trainable.py  low-rank adapters, frozen parts
+widths.py   ... and narrower: which sizes, and what stays of each weight
+importance.py  what the teacher's neurons, heads and channels do
 """
 
 from ray_kd.models.decoder import (
@@ -33,6 +35,7 @@ from ray_kd.models.folder import (
     model_identity,
 )
 from ray_kd.models.head_folder import HeadShape, head_shape, load_head, save_head
+from ray_kd.models.importance import Importance, width_importance
 from ray_kd.models.layers import block_influence, check_layers, choose_layers, config_of_layers, init_from_layers
 from ray_kd.models.load import (
     DTYPES,
@@ -40,7 +43,9 @@ from ray_kd.models.load import (
     compare_vocabularies,
     load_causal_lm,
     load_tokenizer,
+    num_token_ids,
     quiet,
+    shared_vocab_size,
     torch_dtype,
 )
 from ray_kd.models.trainable import (
@@ -51,13 +56,18 @@ from ray_kd.models.trainable import (
     merge_adapters,
     save_adapter,
 )
+from ray_kd.models.widths import Kept, Widths, asked_widths, check_widths, choose_widths
 
 __all__ = [
     "DTYPES",
     "DecoderOutputs",
     "HeadShape",
+    "Importance",
+    "Kept",
+    "Widths",
     "adapter_state",
     "apply_liger",
+    "asked_widths",
     "atomic_folder",
     "attention_nbytes",
     "base_causal_lm",
@@ -68,8 +78,10 @@ __all__ = [
     "check_layers",
     "check_model",
     "check_trainable",
+    "check_widths",
     "choose_layers",
     "choose_trainable",
+    "choose_widths",
     "compare_vocabularies",
     "config_of_layers",
     "decoder_hidden",
@@ -87,9 +99,12 @@ __all__ = [
     "local_folder",
     "merge_adapters",
     "model_identity",
+    "num_token_ids",
     "quiet",
     "require_plain_head",
     "save_adapter",
     "save_head",
+    "shared_vocab_size",
     "torch_dtype",
+    "width_importance",
 ]

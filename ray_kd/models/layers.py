@@ -1,4 +1,4 @@
-"""A student made of some of the teacher's layers (ShortGPT, https://arxiv.org/abs/2403.03853).
+"""A student made of some of the teacher's layers, whole or narrower (ShortGPT, https://arxiv.org/abs/2403.03853).
 
 Block influence of layer i = 1 - cos(h_i, h_{i+1}), averaged over tokens: how much the layer turns the hidden state.
 The layers that turn it least are left out; the rest, the embeddings, the norm and the head are copied.
@@ -18,6 +18,8 @@ from ray_kd.errors import ConfigError
 from ray_kd.models.decoder import base_causal_lm, decoder_hidden, decoder_of
 from ray_kd.models.folder import atomic_folder, local_folder
 from ray_kd.models.load import load_causal_lm, load_tokenizer, quiet
+from ray_kd.models.rows import real_tokens
+from ray_kd.models.widths import Kept, config_values
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,7 +51,7 @@ def block_influence(
 
         return hook
 
-    real = _real_tokens(input_ids, position_ids)
+    real = real_tokens(input_ids, position_ids)
     handles = [layer.register_forward_hook(hook_for(i), with_kwargs=True) for i, layer in enumerate(layers)]
     try:
         for start in range(0, len(input_ids), batch_size):
@@ -88,13 +90,19 @@ def check_layers(layers: Sequence[int], total: int) -> list[int]:
 
 
 def init_from_layers(
-    teacher_path: str, layers: Sequence[int], out_dir: str, dtype: str = "float32", revision: str | None = None
+    teacher_path: str,
+    layers: Sequence[int],
+    out_dir: str,
+    dtype: str = "float32",
+    revision: str | None = None,
+    kept: Kept | None = None,
 ) -> None:
     """Save a student with the teacher's embeddings, norm, head and the given layers as a Hugging Face folder.
 
     Weights (safetensors, in `dtype`), config, generation config and tokenizer; complete or not there at all.
-    With all layers it is the teacher. Raises ConfigError for a bad list, and for an architecture whose layers cannot
-    be taken apart this way. Costs the teacher's weights in host memory once.
+    kept: what stays of each weight; None: all of it. With all layers and widths it is the teacher. Raises ConfigError
+    for a bad list, and for an architecture whose layers cannot be taken apart this way. Costs the teacher's weights in
+    host memory once.
     """
     config = AutoConfig.from_pretrained(local_folder(teacher_path), revision=revision, trust_remote_code=False)
     chosen = check_layers(layers, _num_layers(config))
@@ -106,13 +114,14 @@ def init_from_layers(
         if name.startswith(prefix):
             old, rest = name.removeprefix(prefix).split(".", 1)
             if int(old) in new_index:
-                weights[f"{prefix}{new_index[int(old)]}.{rest}"] = tensor
+                cut = tensor if kept is None else kept.cut(name, tensor, int(old))
+                weights[f"{prefix}{new_index[int(old)]}.{rest}"] = cut
         else:
-            weights[name] = tensor
+            weights[name] = tensor if kept is None else kept.cut(name, tensor, None)
 
     # A fresh model numbers its own layers (self_attn.layer_idx); copies of the teacher's would keep the old numbers.
     with quiet(), torch.device("meta"):
-        student = AutoModelForCausalLM.from_config(_cut_config(config, chosen), dtype=teacher.dtype)
+        student = AutoModelForCausalLM.from_config(_cut_config(config, chosen, kept), dtype=teacher.dtype)
     try:
         student.load_state_dict(weights, strict=True, assign=True)
     except RuntimeError as error:
@@ -129,11 +138,14 @@ def init_from_layers(
 
 
 def config_of_layers(config: PreTrainedConfig, layers: int | Sequence[int]) -> PreTrainedConfig:
-    """The config of a student made of these of the teacher's layers, or of a number of them not yet chosen."""
-    return _cut_config(config, list(range(layers)) if isinstance(layers, int) else list(layers))
+    """The config of a student made of these of the teacher's layers, or of a number of them not yet chosen.
+
+    The widths are the teacher's: what has a name in a student of other widths has it in this one.
+    """
+    return _cut_config(config, list(range(layers)) if isinstance(layers, int) else list(layers), kept=None)
 
 
-def _cut_config(config: PreTrainedConfig, chosen: list[int]) -> PreTrainedConfig:
+def _cut_config(config: PreTrainedConfig, chosen: list[int], kept: Kept | None) -> PreTrainedConfig:
     """A fresh config with the chosen layers; per-layer lists (layer_types, no_rope_layers, ...) are cut alike.
 
     Marks of a quantised origin (GGUF) are left behind: a config copied with them cannot be saved.
@@ -147,6 +159,8 @@ def _cut_config(config: PreTrainedConfig, chosen: list[int]) -> PreTrainedConfig
     for name, value in values.items():
         if "layer" in name and isinstance(value, list) and len(value) == total:
             values[name] = [value[i] for i in chosen]
+    if kept is not None:
+        values |= config_values(config, kept.widths)
     return type(config).from_dict(values)
 
 
@@ -168,12 +182,3 @@ def _layers_of(model: nn.Module) -> nn.ModuleList:
 def _layers_prefix(model: "PreTrainedModel") -> str:
     layers = _layers_of(model)
     return next(name for name, module in model.named_modules() if module is layers) + "."
-
-
-def _real_tokens(input_ids: NDArray[np.integer], position_ids: NDArray[np.integer]) -> NDArray[np.bool_]:
-    """[n, T]: False in a last document whose ids are all the same, which is padding."""
-    length = input_ids.shape[1]
-    last_start = length - 1 - np.argmax(position_ids[:, ::-1] == 0, axis=1)
-    in_last = np.arange(length) >= last_start[:, None]
-    is_padding = np.where(in_last, input_ids == input_ids[:, -1:], True).all(axis=1, keepdims=True)
-    return ~(in_last & is_padding)

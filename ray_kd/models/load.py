@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging
 
+from ray_kd.config import SHARED, STRICT, Teacher
 from ray_kd.errors import ConfigError
 from ray_kd.models.decoder import base_causal_lm
 from ray_kd.models.folder import local_folder
@@ -84,20 +85,33 @@ def load_tokenizer(path: str, revision: str | None = None) -> "PreTrainedTokeniz
             raise ConfigError(f"model '{path}' has no usable tokenizer: {' '.join(str(error).split())}") from error
 
 
+def num_token_ids(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """The largest id of a token, and one: rows of a head from there on are padding (Qwen2.5: 151665 of 151936)."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def shared_vocab_size(teacher: Teacher) -> int | None:
+    """The ids that the teacher's distributions are over, where they are not all of its head's; reads its tokenizer."""
+    if teacher.vocabulary != SHARED:
+        return None
+    return num_token_ids(load_tokenizer(teacher.model, teacher.revision))
+
+
 def compare_vocabularies(
     teacher_tokenizer: "PreTrainedTokenizerBase",
     student_tokenizer: "PreTrainedTokenizerBase",
     teacher_vocab: int,
     student_vocab: int,
     names: tuple[str, str] = ("teacher", "student"),
+    vocabulary: str = STRICT,
 ) -> list[str]:
     """Refuse a teacher and a student whose token ids mean different things; returns warnings.
 
-    names: what the two are called in the message about that.
+    names: what the two are called in messages. vocabulary: `teacher.vocabulary`.
 
     teacher_vocab, student_vocab: rows of the models' heads (`config.vocab_size`), which may exceed the tokenizers'.
     Raises ConfigError (one line, both sizes and the first tokens that differ) when an id stands for different tokens,
-    special ones included, or when the teacher may name ids that the student does not have.
+    special ones included, when a head has no row for a token, and, if `strict`, when it has more rows than the other.
     Different *roles* of equal tokens (a base and an instruct model with another eos) are only warned about.
     """
     teacher, student = teacher_tokenizer.get_vocab(), student_tokenizer.get_vocab()
@@ -109,13 +123,16 @@ def compare_vocabularies(
             f"{' and '.join(names)} have different vocabularies ({len(teacher)} and {len(student)} tokens;"
             f" {len(differing)} ids differ, {' / '.join(names)} {shown})"
         )
-    if teacher_vocab > student_vocab:
+    needed = num_token_ids(student_tokenizer)
+    for name, rows in zip(names, (teacher_vocab, student_vocab), strict=True):
+        if needed > rows:
+            raise ConfigError(f"the tokenizer has {needed} ids and the {name}'s head only {rows} rows")
+    if teacher_vocab != student_vocab and vocabulary != SHARED:
         raise ConfigError(
-            f"the teacher's head has {teacher_vocab} ids and the student's {student_vocab}:"
-            " the teacher may name tokens that the student does not have"
+            f"the {names[0]}'s head has {teacher_vocab} rows and the {names[1]}'s {student_vocab}, for the same "
+            f"{needed} ids of tokens: teacher.vocabulary is '{vocabulary}', allowed is {SHARED}, which leaves the others "
+            "out"
         )
-    if len(student) > student_vocab:
-        raise ConfigError(f"the tokenizer has {len(student)} tokens and the student's vocabulary only {student_vocab}")
     warnings = []
     for role in ("bos_token", "eos_token", "pad_token"):
         ours, theirs = getattr(student_tokenizer, role), getattr(teacher_tokenizer, role)

@@ -92,6 +92,8 @@ class Contents:
     seed: int | None
     features: str | None = None
     """Of kind features: which, as `FeatureSpec.to_json` writes them."""
+    vocab_size: int | None = None
+    """Of the distributions, where it is not the model's."""
     version: int = VERSION
 
     @classmethod
@@ -108,14 +110,16 @@ class Contents:
             selection=request.selection if is_topk else None,
             seed=request.seed if is_topk and request.selection == SAMPLE else None,
             features=None if request.features is None else request.features.to_json(),
+            vocab_size=request.vocab_size if is_topk else None,
         )  # fmt: skip
 
     @property
     def digest(self) -> str:
         """Stands in every file, so that none is read beside another manifest. The teacher's name is not part of it."""
         named = asdict(self) | {"model": None}
-        if self.features is None:  # caches that are older than features have none, and stay what they are
-            del named["features"]
+        for younger in ("features", "vocab_size"):  # caches that are older than these stay what they are
+            if named[younger] is None:
+                del named[younger]
         return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:32]
 
     @property
@@ -126,6 +130,7 @@ class Contents:
             "temperature": self.temperature,
             "selection": self.selection,
             "seed": self.seed,
+            "vocab_size": self.vocab_size,
             "features": None if self.features is None else FeatureSpec.from_json(self.features),
         }
         return Request(self.payload, **{name: value for name, value in known.items() if value is not None})
@@ -154,6 +159,7 @@ class Contents:
             "selection",
             "seed",
             "features",
+            "vocab_size",
         ):
             held, wanted = getattr(self, name), getattr(asked, name)
             if held != wanted:

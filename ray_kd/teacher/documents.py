@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ray_kd import schema
 from ray_kd.payloads import TopKLogprobs
-from ray_kd.teacher.engine import RowError, Rows, not_finite, rows_in
+from ray_kd.teacher.engine import Request, RowError, Rows, not_finite, rows_in
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,13 +49,17 @@ def payloads(
     rows: Rows,
     asked: Sequence[Document],
     answers: Sequence[DocumentAnswer | RowError],
-    top_k: int,
+    request: Request,
     vocab_size: int,
 ) -> list[TopKLogprobs | RowError]:
     """One payload a row at temperature 1, in order; a row is a RowError when one of its documents is.
 
-    answers: one for each of `asked`. NaN, +inf and an id outside the vocabulary make a RowError of the row.
+    answers: one for each of `asked`, over the model's whole vocabulary of vocab_size ids. NaN, +inf and an id outside
+    it make a RowError of the row. Where the request is for the distribution over fewer ids, the others among the K
+    become empty slots and their mass goes to all that is left, in proportion; what of it is not among the K is not
+    known, and stays in the tail.
     """
+    top_k = request.top_k
     parts: list[list[DocumentAnswer]] = [[] for _ in range(rows_in(rows))]
     errors: dict[int, RowError] = {}
     for document, answer in zip(asked, answers, strict=True):
@@ -68,8 +72,25 @@ def payloads(
     for row, own in enumerate(parts):
         ids = np.concatenate([np.empty((0, top_k), np.int64), *(part.ids for part in own)])
         logprobs = np.concatenate([np.empty((0, top_k), np.float32), *(part.logprobs for part in own)])
-        found.append(errors.get(row) or TopKLogprobs(ids, logprobs.astype(np.float32), 1.0, vocab_size))
+        found.append(errors.get(row) or _over(request.vocab_size or vocab_size, ids, logprobs.astype(np.float32)))
     return found
+
+
+def _over(vocab_size: int, ids: NDArray[np.int64], logprobs: NDArray[np.float32]) -> TopKLogprobs | RowError:
+    """The payload over the first ids, given the likeliest [M, K] of all of them; empty slots come last."""
+    is_outside = ids >= vocab_size
+    if is_outside.any():
+        mass = np.exp(logprobs.astype(np.float64))
+        named = np.where(is_outside, 0.0, mass).sum(axis=1, keepdims=True)
+        if not named.all():
+            return RowError(f"the teacher names ids from {vocab_size} on alone, which are of no token")
+        # Where the mass outside is nearly all, one minus it is rounding, and less than what is named inside.
+        inside = np.maximum(1.0 - np.where(is_outside, mass, 0.0).sum(axis=1, keepdims=True), named)
+        wide = np.where(is_outside, -np.inf, logprobs - np.log(inside))
+        order = np.argsort(-wide, axis=1, kind="stable")
+        ids = np.take_along_axis(np.where(is_outside, -1, ids), order, axis=1)
+        logprobs = np.take_along_axis(wide, order, axis=1).astype(np.float32)
+    return TopKLogprobs(ids, logprobs, 1.0, vocab_size)
 
 
 def _documents(rows: Rows) -> Iterator[Document]:

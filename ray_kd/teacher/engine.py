@@ -40,6 +40,9 @@ class Request:
     """topk: the most likely tokens | sample: tokens drawn from the distribution (`draws.py`)."""
     seed: int = 0
     """Of the draws. They depend on it, the row_id and the position, on nothing else."""
+    vocab_size: int | None = None
+    """Of the distribution that is answered: that over the ids below, given that it is one of them. None: all ids of
+    the model. A server that knows no such thing is taken at its word for the likeliest K (`documents.payloads`)."""
     features: FeatureSpec | None = None
     """For features alone: which, beside top-k log-probabilities, which all of the above is of then."""
 
@@ -142,6 +145,10 @@ def check_request(
         )
     if request.selection not in selections:
         raise ValueError(f"the engine selects by {', '.join(sorted(selections))}, not '{request.selection}'")
+    if request.vocab_size is not None:
+        if not 1 <= request.vocab_size <= vocab_size:
+            raise ValueError(f"vocab_size is {request.vocab_size}; allowed: 1 to the model's {vocab_size}")
+        vocab_size = request.vocab_size
     if not 1 <= request.top_k <= vocab_size:
         raise ValueError(f"top_k is {request.top_k}; allowed: 1 to the vocabulary size {vocab_size}")
     if not request.temperature > 0:

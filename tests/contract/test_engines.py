@@ -108,6 +108,28 @@ def test_the_whole_vocabulary_can_be_asked_for(kind, model_path, rows) -> None:
 
 
 @pytest.mark.parametrize("kind", CASES)
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_answers_may_be_asked_for_over_fewer_ids(kind, model_path, rows, temperature: float) -> None:
+    """The distribution over the ids below, given that it is one of them: softmax over their logits alone."""
+    engine, num_ids = build(kind, model_path), 200
+    request = Request(top_k=8, temperature=temperature, vocab_size=num_ids)
+    expected = expected_rows(kind, engine, model_path, rows, temperature)
+    for answer, full in zip(engine.annotate(rows, request), expected, strict=True):
+        own = np.exp(full[:, :num_ids])
+        own = np.log(own / own.sum(axis=-1, keepdims=True))
+        assert answer.vocab_size == num_ids
+        np.testing.assert_allclose(answer.logprobs, -np.sort(-own, axis=-1)[:, :8], atol=1e-4)
+        np.testing.assert_allclose(answer.logprobs, np.take_along_axis(own, answer.ids, -1), atol=1e-4)
+    draws = Request(top_k=64, temperature=temperature, vocab_size=num_ids, selection="sample")
+    assert all(answer.ids.max(initial=0) < num_ids for answer in engine.annotate(rows, draws))
+    for wrong in (replace(request, vocab_size=VOCAB_SIZE + 1), replace(request, vocab_size=0)):
+        with pytest.raises(ValueError, match=r"vocab_size is .*; allowed: 1 to the model's 259"):
+            engine.annotate(rows, wrong)
+    with pytest.raises(ValueError, match="top_k is 8; allowed: 1 to the vocabulary size 7"):
+        engine.annotate(rows, replace(request, vocab_size=7))
+
+
+@pytest.mark.parametrize("kind", CASES)
 def test_batch_size_changes_no_answer(kind, model_path, rows) -> None:
     request = Request(top_k=4)
     one, all_at_once = (build(kind, model_path, batch_size=size).annotate(rows, request) for size in (1, 16))

@@ -48,6 +48,7 @@ def workplace(tmp_path_factory):
     tiny_llama(folder / "student", layers=2, seed=2)
     tiny_llama(folder / "untied", layers=1, tie=False)
     tiny_llama(folder / "small", layers=1, vocab=259 - 9)
+    tiny_llama(folder / "padded", layers=4, vocab=300)
     shutil.copytree(teacher, folder / "pickled")
     (folder / "pickled" / "model.safetensors").rename(folder / "pickled" / "pytorch_model.bin")
     shutil.copytree(teacher, folder / "other-words")
@@ -232,6 +233,22 @@ REFUSED = {
     ),
     "a frozen head that is the embeddings": (["student.freeze=[head]"], ["student.freeze is ['head']", "tied", "both"]),
     "everything frozen": (["student.freeze=['*']", "student.model={w}/untied"], ["all of the student"]),
+    "a student wider than its teacher": (
+        ["student.model=null", "student.init={layers: 2, intermediate_size: 1000}"],
+        ["student.init.intermediate_size is 1000", "1 to the teacher's 128"],
+    ),
+    "heads that do not go evenly to KV heads": (
+        ["student.model=null", "student.init={layers: 2, num_attention_heads: 3}"],
+        ["student.init.num_attention_heads is 3", "2 | 4 with 2 KV heads"],
+    ),
+    "widths of an unknown architecture": (
+        ["student.model=null", "student.init={layers: 1, hidden_size: 8}", "teacher.model={w}/capped"],
+        ["model_type 'gemma2'", "llama | mistral | qwen2 | qwen3"],
+    ),
+    "heads of different sizes": (
+        ["teacher.model={w}/padded"], ["300 rows", "259", "teacher.vocabulary is 'strict'", "shared"],
+    ),
+    "an unknown vocabulary": (["teacher.vocabulary=padded"], ["teacher.vocabulary is 'padded'", "strict | shared"]),
     "reverse KL drops the tail": (
         ["loss.divergence=reverse_kl", "loss.tail=drop"], ["loss.tail: 'drop'", "'reverse_kl'", "bucket, renormalize"],
     ),

@@ -14,6 +14,7 @@ from ray_kd.data.prepared import PreparedData
 from ray_kd.schema import INPUT_IDS, LABELS, POSITION_IDS, target_positions
 from ray_kd.teacher.engine import Request
 from ray_kd.teacher.engines.hf import Config, Engine
+from tests.tiny import tiny_llama
 
 pytestmark = pytest.mark.ray
 
@@ -172,6 +173,32 @@ def test_a_student_made_of_the_teachers_layers(jobs):
     final = AutoModelForCausalLM.from_pretrained(job.run_dir / "final")
     assert final.config.num_hidden_layers == 2
     assert final.dtype == torch.bfloat16
+
+
+def test_a_student_narrower_than_its_teacher(jobs):
+    job = jobs.distill(
+        "narrow", "student.model=null", "train.max_steps=2",
+        "student.init={layers: 2, intermediate_size: 48, num_attention_heads: 2, hidden_size: 32}",
+    )  # fmt: skip
+    assert job.exit_code == 0, job.stderr
+    assert ", intermediate_size 48, num_attention_heads 2, hidden_size 32 (" in job.stdout
+    final = AutoModelForCausalLM.from_pretrained(job.run_dir / "final").config
+    assert (final.num_hidden_layers, final.intermediate_size, final.hidden_size, final.head_dim) == (2, 48, 32, 16)
+
+
+@pytest.mark.parametrize("payload", ["topk_logprobs", "hidden_states"])
+def test_heads_with_padding_of_different_sizes(jobs, payload):
+    """A teacher of 300 rows and a student of 280 for 259 tokens: the run is that of the tokens alone."""
+    teacher = tiny_llama(jobs.folder / "padded-teacher", layers=2, vocab=300, seed=3)
+    student = tiny_llama(jobs.folder / "padded-student", layers=1, vocab=280, seed=4)
+    job = jobs.distill(
+        f"padded-{payload}", f"teacher.model={teacher}", f"student.model={student}", "teacher.vocabulary=shared",
+        f"teacher.payload={payload}", "train.max_steps=3", "teacher.cache.mode=write_through",
+    )  # fmt: skip
+    assert job.exit_code == 0, job.stderr
+    before, after = (job.summary["eval"][when]["kl"] for when in ("before", "after"))
+    assert 0 < after < before
+    assert AutoModelForCausalLM.from_pretrained(job.run_dir / "final").config.vocab_size == 280
 
 
 @pytest.mark.extended

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from ray_kd import models
 from ray_kd.errors import ConfigError
-from ray_kd.models import layers as layers_module
+from ray_kd.models.rows import real_tokens
 from tests.tiny import VOCAB_SIZE, tiny_llama, tiny_tokenizer
 
 BASE = {
@@ -270,11 +270,19 @@ def test_licence_comes_from_the_card(tmp_path: Path) -> None:
 
 def test_vocabularies_must_agree() -> None:
     teacher, student = tiny_tokenizer(), tiny_tokenizer()
-    assert models.compare_vocabularies(teacher, student, VOCAB_SIZE, 320) == []
-    with pytest.raises(ConfigError, match="teacher's head has 320 ids and the student's 259"):
-        models.compare_vocabularies(teacher, student, 320, 259)
-    with pytest.raises(ConfigError, match="tokenizer has 259 tokens and the student's vocabulary only 200"):
-        models.compare_vocabularies(teacher, student, 200, 200)
+    for rows in ((320, VOCAB_SIZE), (VOCAB_SIZE, 320)):
+        with pytest.raises(
+            ConfigError,
+            match=f"teacher's head has {rows[0]} rows and the student's {rows[1]}, for the same 259 ids of tokens: "
+            "teacher.vocabulary is 'strict', allowed is shared",
+        ):
+            models.compare_vocabularies(teacher, student, *rows)
+        assert models.compare_vocabularies(teacher, student, *rows, vocabulary="shared") == []
+    for vocabulary in ("strict", "shared"):
+        with pytest.raises(ConfigError, match="tokenizer has 259 ids and the student's head only 200 rows"):
+            models.compare_vocabularies(teacher, student, 259, 200, vocabulary=vocabulary)
+        with pytest.raises(ConfigError, match="tokenizer has 259 ids and the teacher's head only 200 rows"):
+            models.compare_vocabularies(teacher, student, 200, 259, vocabulary=vocabulary)
     student.eos_token = "<|endoftext|>"
     assert models.compare_vocabularies(teacher, student, 259, 259) == [
         "eos_token is '<|im_end|>' for the teacher and '<|endoftext|>' for the student"
@@ -320,7 +328,7 @@ def test_block_influence_is_one_minus_cos_over_real_tokens(llama: Path) -> None:
 def test_padding_is_a_last_document_of_one_id() -> None:
     ids = np.array([[5, 6, 7, 2, 2, 2], [5, 6, 7, 8, 2, 2], [2, 2, 2, 2, 2, 2], [5, 6, 5, 6, 5, 2]])
     positions = np.array([[0, 1, 2, 0, 1, 2], [0, 1, 2, 0, 1, 2], [0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5]])
-    assert layers_module._real_tokens(ids, positions).tolist() == [
+    assert real_tokens(ids, positions).tolist() == [
         [True] * 3 + [False] * 3,
         [True] * 6,
         [False] * 6,

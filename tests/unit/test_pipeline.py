@@ -9,6 +9,7 @@ import torch
 from ray_kd import config, models, storage
 from ray_kd.errors import ConfigError
 from ray_kd.pipeline import _block_rows, _make_head, _make_student, _stream_sizes
+from tests.fake_prepared import write_prepared
 from tests.tiny import tiny_llama
 
 
@@ -50,7 +51,8 @@ def test_a_student_made_of_layers_may_lie_in_an_object_store(object_store, tmp_p
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     teacher = tiny_llama(tmp_path / "teacher", layers=4, seed=1)
     there = storage.path(f"{object_store.uri}/{uuid.uuid4().hex}/student_init/abc")
-    assert _make_student(str(teacher), None, [0, 3], "unused", str(there), 1, False) == [0, 3]
+    init = config.StudentInit(layers=[0, 3])
+    assert _make_student(str(teacher), None, init, "unused", str(there), 1, False) == [0, 3]
     student = models.load_causal_lm(str(there))
     assert student.config.num_hidden_layers == 2
     whole = models.load_causal_lm(str(teacher)).state_dict()
@@ -75,6 +77,30 @@ def test_the_teachers_head_is_kept_whole_and_found_again(where, tmp_path, reques
     assert models.head_shape(storage.path(uri)) == shape
     expected = models.head_of(models.load_causal_lm(str(teacher)))
     assert torch.equal(models.load_head(uri).weight, expected.weight)
+
+
+def test_of_a_head_with_padding_the_rows_of_tokens_are_kept(tmp_path):
+    teacher = tiny_llama(tmp_path / "teacher", vocab=300)
+    shape = _make_head(str(teacher), None, "auto", str(tmp_path / "head"), 1, False, vocab_size=259)
+    assert shape == models.HeadShape(259, 64, "float32")
+    whole = models.head_of(models.load_causal_lm(str(teacher)))
+    assert torch.equal(models.load_head(str(tmp_path / "head")).weight, whole.weight[:259])
+
+
+def test_a_student_is_cut_by_what_its_teacher_does_on_the_prepared_rows(tmp_path):
+    teacher = tiny_llama(tmp_path / "teacher", layers=3)
+    prepared = write_prepared(tmp_path / "prepared", num_rows=8)
+    init = config.StudentInit(layers=2, intermediate_size=50, num_attention_heads=2, calibration_rows=4)
+    made = [_make_student(str(teacher), None, init, str(prepared), str(tmp_path / n), 1, False) for n in ("a", "b")]
+    assert made[0] == made[1]
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
+    found = models.load_causal_lm(str(tmp_path / "a")).config
+    assert (found.num_hidden_layers, found.intermediate_size, found.num_attention_heads, found.head_dim) == (
+        2,
+        50,
+        2,
+        16,
+    )
 
 
 def test_a_head_that_cannot_be_rebuilt_is_refused_and_nothing_is_left(tmp_path, monkeypatch):

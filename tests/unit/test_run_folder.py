@@ -78,6 +78,7 @@ IDENTITY = [
     "teacher.top_k=8",
     "teacher.payload=hidden_states",
     "teacher.selection=sample",
+    "teacher.vocabulary=shared",
     "teacher.dtype=bfloat16",
     "teacher.wire=compact",
     "student.revision=v2",
@@ -197,6 +198,17 @@ def test_where_a_teachers_layers_are_is_free(folder, load):
     run_folder.check_identity(folder, load("teacher.engine={kind: hf, device_map: auto}"))
     with pytest.raises(ConfigError, match=r"its teacher\.engine is "):
         run_folder.check_identity(folder, load("teacher.engine={kind: hf, chunk_size: 64}"))
+
+
+def test_a_run_from_before_students_were_cut_is_the_same_run(tmp_path, load):
+    init = "student.init={layers: 2}"
+    run_folder.record(tmp_path, load(init), CONTENT)
+    recorded = json.loads((tmp_path / "run.json").read_text())
+    assert recorded["settings"]["student.init"] == {"layers": 2, "select": "block_influence"}
+    run_folder.check_identity(tmp_path, load(init))
+    for narrower in ("hidden_size=8", "calibration_rows=4"):
+        with pytest.raises(ConfigError, match=r"holds another run: its student\.init is "):
+            run_folder.check_identity(tmp_path, load(init, f"student.init.{narrower}"))
 
 
 def test_a_new_folder_belongs_to_no_run_yet(tmp_path, load):

@@ -48,6 +48,35 @@ def test_what_is_right_passes_in_silence(load, warnings):
     assert warnings() == []
 
 
+@pytest.mark.parametrize(
+    "widths", ["intermediate_size=100", "hidden_size=32", "num_attention_heads=2", "num_key_value_heads=2"]
+)
+def test_a_narrower_student_passes(load, warnings, widths):
+    narrower = ("student.model=null", "student.init.layers=2", f"student.init.{widths}")
+    assert validate(load(*narrower, "student.init.calibration_rows=4")).student is None
+    assert warnings() == []
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("intermediate_size=129", r"^student\.init\.intermediate_size is 129: allowed is 1 to the teacher's 128$"),
+        ("num_attention_heads=3", r"^student\.init\.num_attention_heads is 3: allowed is 2 \| 4 with 2 KV heads"),
+        ("hidden_size=many", r"student\.init\.hidden_size.*'many'"),
+        ("calibration_rows=0", r"^student\.init\.calibration_rows is 0: allowed is 1 or more$"),
+    ],
+)
+def test_widths_that_cannot_be_are_one_line(load, override, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        validate(load("student.model=null", "student.init.layers=2", f"student.init.{override}"))
+    assert "\n" not in str(caught.value)
+
+
+def test_calibration_rows_are_for_what_is_measured(load, warnings):
+    validate(load("student.model=null", "student.init={layers: [0, 1], calibration_rows: 4}"))
+    assert warnings() == ["student.init.calibration_rows has no effect: the layers are listed and keep their widths"]
+
+
 @pytest.mark.parametrize("layers", ["1", "4", "[0]", "[1,3]"])
 def test_a_student_of_the_teachers_layers_passes(load, warnings, layers):
     assert validate(load("student.model=null", f"student.init.layers={layers}")).student is None
@@ -120,6 +149,24 @@ def test_what_several_teachers_cannot_be_is_one_line(load, workplace, second, ov
     with pytest.raises(ConfigError, match=message) as caught:
         validate(load(several(workplace, **second), *overrides))
     assert "\n" not in str(caught.value)
+
+
+def test_heads_of_other_sizes_are_allowed_by_name(load, workplace, tmp_path, warnings):
+    wide = tiny_llama(tmp_path / "wide", layers=1, vocab=300)
+    for wider in (f"teacher.model={wide}", f"student.model={wide}"):
+        with pytest.raises(ConfigError, match=r"rows and .*, for the same 259 ids of tokens: .* allowed is shared"):
+            validate(load(wider))
+        assert validate(load(wider, "teacher.vocabulary=shared")).vocab_size == 259
+    validate(load("teacher.vocabulary=shared", several(workplace, model=str(wide))))
+    assert warnings() == []
+    with pytest.raises(
+        ConfigError, match=r"^teacher.top_k is 260: allowed is at most the teacher's vocabulary of 259$"
+    ):
+        validate(load(f"teacher.model={wide}", "teacher.vocabulary=shared", "teacher.top_k=260"))
+    with pytest.raises(ConfigError, match=r"^teacher.vocabulary is 'padded': allowed is strict \| shared$"):
+        validate(load("teacher.vocabulary=padded"))
+    assert validate(load("teacher.vocabulary=shared")).vocab_size == 259
+    assert warnings() == ["teacher.vocabulary has no effect: all heads have one row for each of the 259 ids"]
 
 
 def test_teachers_mean_the_same_tokens(load, workplace, tmp_path):

@@ -86,16 +86,20 @@ class Engine:
                 answers.append(RowError("the teacher's log-probabilities are not finite (fake teacher, told to)"))
                 continue
             logprobs = self.logprobs(rows[schema.INPUT_IDS][row][targets[row]], request.temperature)
+            if request.vocab_size is not None:
+                logprobs = logprobs[:, : request.vocab_size]
+                logprobs = logprobs - np.log(np.exp(logprobs).sum(axis=-1, keepdims=True))
+            vocab_size = logprobs.shape[1]
             if request.selection == SAMPLE:
                 numbers = draws.uniforms(request.seed, row_id, len(logprobs), request.top_k)
                 sums = np.exp(logprobs).cumsum(axis=-1)
                 drawn = (sums[:, None, :] <= (numbers * sums[:, -1:])[:, :, None]).sum(axis=-1)
                 ids, chosen = draws.count(drawn)
-                answers.append(TopKLogprobs(ids, chosen, request.temperature, config.vocab_size, request.top_k))
+                answers.append(TopKLogprobs(ids, chosen, request.temperature, vocab_size, request.top_k))
                 continue
             ids = np.argsort(-logprobs, axis=-1, kind="stable")[:, : request.top_k]
             chosen = np.take_along_axis(logprobs, ids, axis=-1).astype(np.float32)
-            answers.append(TopKLogprobs(ids, chosen, request.temperature, config.vocab_size))
+            answers.append(TopKLogprobs(ids, chosen, request.temperature, vocab_size))
         num_tokens = int(needed_lengths(targets).sum())
         self.stats.tokens += num_tokens
         self.stats.places += num_tokens

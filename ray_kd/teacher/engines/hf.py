@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from ray_kd import schema
 from ray_kd.errors import ConfigError
+from ray_kd.head import Head
 from ray_kd.models import (
     DecoderOutputs,
     attention_nbytes,
@@ -153,30 +154,31 @@ class Engine:
         hidden = outputs.last[torch.from_numpy(targets).to(outputs.last.device)].to(self._head.weight.device)
         if request.kind == HIDDEN_STATES:
             return [_hidden_states(own) for own in hidden.split(counts.tolist())]
-        ids_MK, logprobs_MK = self._select(hidden, rows, counts, request)
+        head = self._head.over(request.vocab_size)
+        ids_MK, logprobs_MK = self._select(head, hidden, rows, counts, request)
         num_draws = request.top_k if request.selection == SAMPLE else 0
         answers: list[TopKLogprobs | RowError] = []
         for start, end in zip(np.cumsum(counts) - counts, np.cumsum(counts), strict=True):
             own = logprobs_MK[start:end]
-            ids, vocab_size = ids_MK[start:end], self._head.vocab_size
-            answers.append(not_finite(own) or TopKLogprobs(ids, own, request.temperature, vocab_size, num_draws))
+            ids = ids_MK[start:end]
+            answers.append(not_finite(own) or TopKLogprobs(ids, own, request.temperature, head.vocab_size, num_draws))
         if request.kind != FEATURES:
             return list(answers)
         return list(features_of.features(outputs, answers, np.asarray(rows[schema.POSITION_IDS]), is_in, spec))
 
     def _select(
-        self, hidden: torch.Tensor, rows: Rows, counts: NDArray[np.integer], request: Request
+        self, head: Head, hidden: torch.Tensor, rows: Rows, counts: NDArray[np.integer], request: Request
     ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """ids and log-probabilities [M, K] of the target positions; a broken position has NaN."""
         if request.selection != SAMPLE:
-            ids, logprobs = topk_logprobs(hidden, self._head, request.top_k, request.temperature, self._chunk_size)
+            ids, logprobs = topk_logprobs(hidden, head, request.top_k, request.temperature, self._chunk_size)
             return ids.cpu().numpy(), logprobs.cpu().numpy()
         numbers = [
             draws.uniforms(request.seed, int(row_id), int(count), request.top_k)
             for row_id, count in zip(rows[schema.ROW_ID], counts, strict=True)
         ]
         uniforms = torch.from_numpy(np.concatenate(numbers)).to(hidden.device)
-        drawn = sample_tokens(hidden, self._head, uniforms, request.temperature, self._chunk_size).cpu().numpy()
+        drawn = sample_tokens(hidden, head, uniforms, request.temperature, self._chunk_size).cpu().numpy()
         ids_MK, logprobs_MK = draws.count(drawn)
         logprobs_MK[(drawn < 0).any(axis=1)] = np.nan
         return ids_MK, logprobs_MK

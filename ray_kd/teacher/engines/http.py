@@ -130,7 +130,7 @@ class Engine:
         num_tokens = sum(len(document.prompt) for document in asked)
         self.stats.tokens += num_tokens
         self.stats.places += num_tokens  # those of the server's batches are not known here
-        return payloads(rows, asked, answers, request.top_k, self._vocab_size)
+        return payloads(rows, asked, answers, request, self._vocab_size)
 
     def close(self) -> None:
         """Close the connections."""

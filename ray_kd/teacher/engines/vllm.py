@@ -155,7 +155,7 @@ class Engine:
                 self._llm.collective_rpc("zero_kv_cache")
             self.stats.tokens += sum(len(document.prompt) - 1 for document in asked)
             self.stats.retries += sum(is_broken)
-            answers.extend(payloads(batch, asked, found, request.top_k, self._vocab_size))
+            answers.extend(payloads(batch, asked, found, request, self._vocab_size))
         return answers
 
     def _ask(self, asked: list[Document], params: Any) -> list[DocumentAnswer]:

@@ -5,7 +5,7 @@ import json
 import pickle
 import random
 import threading
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 
 import numpy as np
 import pyarrow as pa
@@ -42,6 +42,25 @@ def filled(tmp_path):
     for start in range(0, NUM_ROWS, 8):
         cache.add(list(range(start, start + 8)), expected[start : start + 8])
     return cache, expected
+
+
+@pytest.mark.usefixtures("filled")
+def test_answers_over_other_ids_are_other_answers(tmp_path):
+    over = Contents.of(
+        Request(top_k=TOP_K, vocab_size=250), data="d" * 64, num_rows=NUM_ROWS, tokenizer="tok", model="big",
+        revision=None, teacher="a" * 64, dtype="auto", engine='{"kind": "hf"}', wire="plain",
+    )  # fmt: skip
+    assert (over.request.vocab_size, ASKED.request.vocab_size) == (250, None)
+    with pytest.raises(ConfigError, match="its vocab_size is None, not 250"):
+        open_cache(tmp_path, over, "read", False)
+    states = replace(over.request, kind=HIDDEN_STATES)
+    assert Contents.of(states, **{name: getattr(over, name) for name in (
+        "data", "num_rows", "tokenizer", "model", "revision", "teacher", "dtype", "engine", "wire")
+    }).vocab_size is None  # fmt: skip
+    # What a cache was called before there was a choice.
+    older = {name: value for name, value in asdict(ASKED).items() if name not in ("features", "vocab_size")}
+    text = json.dumps(older | {"model": None}, sort_keys=True)
+    assert ASKED.digest == hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def files(cache):

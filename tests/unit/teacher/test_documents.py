@@ -47,7 +47,7 @@ def test_a_prompt_ends_with_the_token_that_its_last_target_predicts():
 def test_the_answers_make_the_payloads_of_the_rows():
     rows = some_rows()
     asked = documents(rows)
-    found = payloads(rows, asked, [answer(document) for document in asked], TOP_K, VOCAB_SIZE)
+    found = payloads(rows, asked, [answer(document) for document in asked], Request(top_k=TOP_K), VOCAB_SIZE)
     expected = Engine(Config(vocab_size=VOCAB_SIZE)).annotate(rows, Request(top_k=TOP_K))
     for got, want in zip(found, expected, strict=True):
         assert isinstance(got, TopKLogprobs)
@@ -57,7 +57,7 @@ def test_the_answers_make_the_payloads_of_the_rows():
 def test_no_rows_make_no_payloads():
     rows = {name: column[:0] for name, column in some_rows().items()}
     assert documents(rows) == []
-    assert payloads(rows, [], [], TOP_K, VOCAB_SIZE) == []
+    assert payloads(rows, [], [], Request(top_k=TOP_K), VOCAB_SIZE) == []
 
 
 BROKEN = {
@@ -75,6 +75,42 @@ def test_one_unusable_document_makes_its_row_unusable_and_no_other(case):
     rows = some_rows()
     asked = documents(rows)
     answers = [answer(document) for document in asked]
-    found = payloads(rows, asked, [answers[0], spoil(answers[1]), *answers[2:]], TOP_K, VOCAB_SIZE)
+    found = payloads(rows, asked, [answers[0], spoil(answers[1]), *answers[2:]], Request(top_k=TOP_K), VOCAB_SIZE)
     assert [isinstance(one, RowError) for one in found] == [True, False, False, False]
     assert re.search(message, found[0].reason)
+
+
+def test_ids_of_no_token_are_left_out_and_their_mass_is_shared():
+    """A server says what its model thinks of all ids, and the request is for the distribution over the first 40."""
+    rows, num_ids = some_rows(), 40
+    asked = documents(rows)
+    found = payloads(rows, asked, [answer(d) for d in asked], Request(top_k=TOP_K, vocab_size=num_ids), VOCAB_SIZE)
+    has_padding = 0
+    for row, one in enumerate(found):
+        assert one.vocab_size == num_ids
+        answers = [answer(document) for document in asked if document.row == row]
+        ids, logprobs = (np.concatenate([np.empty((0, TOP_K))] + [getattr(a, name) for a in answers])
+                         for name in ("ids", "logprobs"))  # fmt: skip
+        for position in range(len(ids)):
+            inside = [(int(i), np.exp(float(lp))) for i, lp in zip(ids[position], logprobs[position], strict=True)
+                      if i < num_ids]  # fmt: skip
+            padding = sum(np.exp(float(lp)) for i, lp in zip(ids[position], logprobs[position], strict=True)
+                          if i >= num_ids)  # fmt: skip
+            has_padding += padding > 0
+            assert one.ids[position].tolist() == [i for i, _ in inside] + [-1] * (TOP_K - len(inside))
+            expected = [p / (1 - padding) for _, p in inside] + [0.0] * (TOP_K - len(inside))
+            np.testing.assert_allclose(np.exp(one.logprobs[position]), expected, rtol=1e-5)
+        assert TopKLogprobs.decode(one.encode()).ids.tolist() == one.ids.tolist()
+    assert has_padding > 3
+
+
+def test_a_teacher_that_names_only_ids_of_no_token_makes_its_row_unusable():
+    rows = some_rows()
+    asked = documents(rows)
+    answers = [answer(document) for document in asked]
+    answers[2] = replace(
+        answers[2], ids=answers[2].ids % 5 + 45, logprobs=np.log(np.full_like(answers[2].logprobs, 0.25))
+    )
+    found = payloads(rows, asked, answers, Request(top_k=TOP_K, vocab_size=45), VOCAB_SIZE)
+    assert isinstance(found[1], RowError)
+    assert found[1].reason == "the teacher names ids from 45 on alone, which are of no token"
