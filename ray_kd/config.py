@@ -136,7 +136,7 @@ ALL_LINEAR = "all-linear"
 class Lora:
     r: int = MISSING
     """Rank of the adapters: the update of a weight [out, in] is (alpha / r) B A with A [r, in] and B [out, r]."""
-    alpha: float = 32.0
+    alpha: int = 32
     """Scales the update, by alpha / r."""
     dropout: float = 0.0
     """Probability that an adapter does not see an element of its input, in training."""

@@ -232,7 +232,7 @@ def _check_lora(student: Student) -> None:
     if (lora := student.lora) is None:
         return
     _require(lora.r >= 1, "student.lora.r", lora.r, "1 or more")
-    _require(0 < lora.alpha < math.inf, "student.lora.alpha", lora.alpha, "a positive number")
+    _require(lora.alpha >= 1, "student.lora.alpha", lora.alpha, "1 or more")
     _require(0 <= lora.dropout < 1, "student.lora.dropout", lora.dropout, "0 up to below 1")
     targets = lora.target_modules
     is_list = isinstance(targets, list) and bool(targets) and all(isinstance(name, str) for name in targets)

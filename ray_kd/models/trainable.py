@@ -99,7 +99,7 @@ def adapter_state(model: nn.Module, base: str, revision: str | None) -> "tuple[L
 def save_adapter(config: "LoraConfig", weights: dict[str, Tensor], folder: Path) -> None:
     """Write what `adapter_state` returned so that `peft.PeftModel.from_pretrained(base, folder)` reads it."""
     folder.mkdir()
-    config.save_pretrained(folder)
+    config.save_pretrained(str(folder))
     save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 

@@ -23,7 +23,7 @@ from tests.fake_run import save, write_run
 from tests.reference.lora import adapted_weight
 from tests.tiny import tiny_llama
 
-LORA = {"lora": Lora(r=4, alpha=6.0), "dora": Lora(r=4, alpha=6.0, use_dora=True)}
+LORA = {"lora": Lora(r=4, alpha=6), "dora": Lora(r=4, alpha=6, use_dora=True)}
 IDS = torch.arange(10, 26).view(2, 8)
 
 
