@@ -129,9 +129,6 @@ class StudentInit:
     """How to choose when `layers` is a number: block_influence (1 - cos of a layer's input and output)."""
 
 
-ALL_LINEAR = "all-linear"
-
-
 @dataclass
 class Lora:
     r: int = MISSING
@@ -140,7 +137,7 @@ class Lora:
     """Scales the update, by alpha / r."""
     dropout: float = 0.0
     """Probability that an adapter does not see an element of its input, in training."""
-    target_modules: Any = ALL_LINEAR
+    target_modules: Any = "all-linear"
     """Which linear layers get an adapter: all-linear (all but the head), or a list of names: [q_proj, v_proj]."""
     use_dora: bool = False
     """DoRA: the length of each row of a weight is trained apart from its direction, for more work a step."""

@@ -14,17 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ray_kd import cluster, plugins, storage
-from ray_kd.config import (
-    ALL_LINEAR,
-    Loss,
-    OneOfTeachers,
-    RunConfig,
-    Student,
-    Teacher,
-    Train,
-    each_teacher,
-    has_frozen,
-)
+from ray_kd.config import Lora, Loss, OneOfTeachers, RunConfig, Student, Teacher, Train, each_teacher, has_frozen
 from ray_kd.errors import ConfigError
 from ray_kd.payloads import HIDDEN_STATES, TOPK_LOGPROBS
 from ray_kd.payloads.topk_logprobs import MAX_DRAWS, WIRES
@@ -236,8 +226,8 @@ def _check_lora(student: Student) -> None:
     _require(0 <= lora.dropout < 1, "student.lora.dropout", lora.dropout, "0 up to below 1")
     targets = lora.target_modules
     is_list = isinstance(targets, list) and bool(targets) and all(isinstance(name, str) for name in targets)
-    _require(targets == ALL_LINEAR or is_list, "student.lora.target_modules", targets,
-             f"{ALL_LINEAR}, or a list of linear layers' names, for example [q_proj, v_proj]")  # fmt: skip
+    _require(targets == Lora.target_modules or is_list, "student.lora.target_modules", targets,
+             f"{Lora.target_modules}, or a list of linear layers' names, for example [q_proj, v_proj]")  # fmt: skip
     _require(not student.freeze, "student.freeze", student.freeze,
              "[] with student.lora, which freezes all but the adapters (target_modules places them)")  # fmt: skip
 
