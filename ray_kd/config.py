@@ -148,18 +148,15 @@ class StudentInit:
     """Training rows on which layers, neurons, heads and channels are measured."""
 
 
-ALL_LINEAR = "all-linear"
-
-
 @dataclass
 class Lora:
     r: int = MISSING
     """Rank of the adapters: the update of a weight [out, in] is (alpha / r) B A with A [r, in] and B [out, r]."""
-    alpha: float = 32.0
+    alpha: int = 32
     """Scales the update, by alpha / r."""
     dropout: float = 0.0
     """Probability that an adapter does not see an element of its input, in training."""
-    target_modules: Any = ALL_LINEAR
+    target_modules: Any = "all-linear"
     """Which linear layers get an adapter: all-linear (all but the head), or a list of names: [q_proj, v_proj]."""
     use_dora: bool = False
     """DoRA: the length of each row of a weight is trained apart from its direction, for more work a step."""

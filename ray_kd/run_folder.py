@@ -56,7 +56,7 @@ _FREE_OPTIONS = {
 }  # fmt: skip
 """Kind of engine -> options that say where and how it is asked: a server may move while a run stands still."""
 
-_IMPLIED = {
+_IMPLIED: dict[str, Any] = {
     "data.route_by": None, "teacher.payload": "topk_logprobs", "teacher.selection": "topk", "teacher.wire": "plain",
     "teacher.vocabulary": STRICT, "teachers": None, "student.lora": None, "student.freeze": [],
 }  # fmt: skip

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from ray_kd import cluster, objectives, plugins, schedules, storage
 from ray_kd.config import (
-    ALL_LINEAR,
     SHARED,
     STRICT,
+    Lora,
     Loss,
     OneOfTeachers,
     RunConfig,
@@ -231,12 +231,12 @@ def _check_lora(student: Student) -> None:
     if (lora := student.lora) is None:
         return
     _require(lora.r >= 1, "student.lora.r", lora.r, "1 or more")
-    _require(0 < lora.alpha < math.inf, "student.lora.alpha", lora.alpha, "a positive number")
+    _require(lora.alpha >= 1, "student.lora.alpha", lora.alpha, "1 or more")
     _require(0 <= lora.dropout < 1, "student.lora.dropout", lora.dropout, "0 up to below 1")
     targets = lora.target_modules
     is_list = isinstance(targets, list) and bool(targets) and all(isinstance(name, str) for name in targets)
-    _require(targets == ALL_LINEAR or is_list, "student.lora.target_modules", targets,
-             f"{ALL_LINEAR}, or a list of linear layers' names, for example [q_proj, v_proj]")  # fmt: skip
+    _require(targets == Lora.target_modules or is_list, "student.lora.target_modules", targets,
+             f"{Lora.target_modules}, or a list of linear layers' names, for example [q_proj, v_proj]")  # fmt: skip
     _require(not student.freeze, "student.freeze", student.freeze,
              "[] with student.lora, which freezes all but the adapters (target_modules places them)")  # fmt: skip
 

@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from ray_kd import plugins
-from ray_kd.config import ALL_LINEAR, Lora
+from ray_kd.config import Lora
 from ray_kd.errors import ConfigError
 from ray_kd.models.decoder import base_causal_lm, decoder_of
 from ray_kd.models.load import quiet
@@ -35,6 +35,7 @@ if TYPE_CHECKING:  # seconds to import, which a run without adapters can do with
     from peft import LoraConfig, PeftModel
     from transformers import PreTrainedModel
 
+_ALL_LINEAR = Lora.target_modules
 _LAYERS = re.compile(r"layers\.(\d+)(?:-(\d+))?")
 _LINEAR = (nn.Linear, Conv1D)
 
@@ -99,7 +100,7 @@ def adapter_state(model: nn.Module, base: str, revision: str | None) -> "tuple[L
 def save_adapter(config: "LoraConfig", weights: dict[str, Tensor], folder: Path) -> None:
     """Write what `adapter_state` returned so that `peft.PeftModel.from_pretrained(base, folder)` reads it."""
     folder.mkdir()
-    config.save_pretrained(folder)
+    config.save_pretrained(str(folder))
     save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
@@ -129,13 +130,13 @@ def _with_adapters(model: nn.Module, options: Lora, seed: int) -> "PeftModel":
 
 def _check_targets(model: nn.Module, targets: Any) -> None:
     """Refuse names that are of no linear layer of the decoder: peft is content if one of several matches."""
-    if targets == ALL_LINEAR:
+    if targets == _ALL_LINEAR:
         return
     base = base_causal_lm(model)
     modules, head = dict(base.named_modules()), base.get_output_embeddings()
     linear = [name for name, module in modules.items() if isinstance(module, _LINEAR) and module is not head]
     last_parts = sorted({name.rpartition(".")[2] for name in linear})
-    allowed = f"allowed is {ALL_LINEAR}, or a list of linear layers' names: {', '.join(last_parts)}"
+    allowed = f"allowed is {_ALL_LINEAR}, or a list of linear layers' names: {', '.join(last_parts)}"
     for target in targets:
         named = [modules[name] for name in modules if name == target or name.endswith(f".{target}")]
         if not named:

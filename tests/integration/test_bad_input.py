@@ -204,7 +204,7 @@ REFUSED = {
     ),
     "adapters of no rank": (["student.lora.r=0"], ["student.lora.r is 0", "1 or more"]),
     "DoRA without LoRA": (["student.lora.use_dora=true"], ["student.lora.r is missing"]),
-    "adapters that scale to nothing": (["student.lora={{r: 8, alpha: 0}}"], ["student.lora.alpha is 0.0", "positive"]),
+    "adapters that scale to nothing": (["student.lora={{r: 8, alpha: 0}}"], ["student.lora.alpha is 0", "1 or more"]),
     "adapters that drop all": (["student.lora={{r: 8, dropout: 1}}"], ["student.lora.dropout is 1.0", "below 1"]),
     "adapters on a number": (["student.lora={{r: 8, target_modules: 3}}"], ["target_modules is 3", "all-linear"]),
     "adapters on an empty list": (["student.lora={{r: 8, target_modules: []}}"], ["target_modules is []", "[q_proj"]),

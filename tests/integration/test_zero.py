@@ -364,7 +364,7 @@ def test_an_engine_that_went_on_can_load(run: Runs, stage: int) -> None:
     assert answer["first"] == answer["second"]
 
 
-ADAPTERS = {"lora": {"r": 8, "alpha": 16.0}, "dora": {"r": 8, "alpha": 16.0, "use_dora": True}}
+ADAPTERS = {"lora": {"r": 8, "alpha": 16}, "dora": {"r": 8, "alpha": 16, "use_dora": True}}
 
 
 @pytest.mark.parametrize(("stage", "dtype", "world", "kind"), matrix(STAGES, DTYPES, WORLDS, tuple(ADAPTERS)))

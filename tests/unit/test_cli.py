@@ -67,9 +67,9 @@ def test_help_shows_defaults_as_they_are_written_in_yaml(help_text, minimal):
     """`None` in particular: as an override it would be a text, so null is shown."""
     text, _ = help_text
     defaults = dict(re.findall(r"^  ([a-z_]+\.[a-z_.]+): .+ = (.+)$", text, re.MULTILINE))
-    loaded = config.to_dict(config.load(minimal, ["loss.divergence=forward_kl"]))
+    loaded = config.to_dict(config.load(minimal, ["loss.divergence=forward_kl", "student.lora.r=1"]))
     given = {"run.dir", "data.source", "data.eval_fraction", "teacher.model", "student.init", "student.init.layers",
-             "loss.divergence"}  # fmt: skip
+             "student.lora", "student.lora.r", "loss.divergence"}  # fmt: skip
     for key, default in defaults.items():
         if key not in given:
             value = loaded
@@ -77,7 +77,7 @@ def test_help_shows_defaults_as_they_are_written_in_yaml(help_text, minimal):
                 value = value[name]
             assert yaml.safe_load(default) == value or float(default) == value, key
     assert {key for key, default in defaults.items() if default == "required"} == {
-        "run.dir", "data.source", "teacher.model", "student.init.layers",
+        "run.dir", "data.source", "teacher.model", "student.init.layers", "student.lora.r",
     }  # fmt: skip
 
 

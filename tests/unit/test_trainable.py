@@ -12,7 +12,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, Qwen3Config, Qwen3ForCausalLM
 
 from ray_kd import config, models, results
 from ray_kd.config import Lora
@@ -23,7 +23,7 @@ from tests.fake_run import save, write_run
 from tests.reference.lora import adapted_weight
 from tests.tiny import tiny_llama
 
-LORA = {"lora": Lora(r=4, alpha=6.0), "dora": Lora(r=4, alpha=6.0, use_dora=True)}
+LORA = {"lora": Lora(r=4, alpha=6), "dora": Lora(r=4, alpha=6, use_dora=True)}
 IDS = torch.arange(10, 26).view(2, 8)
 
 
@@ -130,6 +130,18 @@ def test_what_would_train_is_known_from_the_config(lora, sizes):
     freeze = [] if lora else ["embeddings", "layers.0-1", "head"]
     trained, of = models.check_trainable(wide, lora, freeze)
     assert (trained, of) == (sizes or 32, total)  # the final norm
+
+
+def test_an_architecture_of_other_names_is_asked_for_its_own():
+    """GPT-2: its linear layers are transposed, its layers are not called so."""
+    gpt2 = GPT2Config(vocab_size=100, n_embd=32, n_layer=2, n_head=2)
+    trained, _ = models.check_trainable(gpt2, Lora(r=2, target_modules=["c_attn"]), [])
+    assert trained == 2 * 2 * (32 + 3 * 32)
+    with pytest.raises(ConfigError, match=r"'q_proj', which matches nothing in GPT2.*: c_attn, c_fc, c_proj$"):
+        models.check_trainable(gpt2, Lora(r=2, target_modules=["q_proj"]), [])
+    with pytest.raises(ConfigError, match=r"'layers\.0', and GPT2LMHeadModel has no list of decoder layers"):
+        models.check_trainable(gpt2, None, ["layers.0"])
+    assert models.check_trainable(gpt2, None, ["transformer.h.0.*"])[0] > 0
 
 
 # Frozen parts
