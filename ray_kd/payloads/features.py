@@ -83,7 +83,8 @@ class FeatureSpec:
     def from_json(cls, text: str) -> "FeatureSpec":
         """What `to_json` wrote."""
         known: dict[str, Any] = json.loads(text)
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in known.items()})
+        values: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in known.items()}
+        return cls(**values)
 
 
 @dataclass(frozen=True, eq=False)
