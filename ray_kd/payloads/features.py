@@ -83,7 +83,8 @@ class FeatureSpec:
     def from_json(cls, text: str) -> "FeatureSpec":
         """What `to_json` wrote."""
         known: dict[str, Any] = json.loads(text)
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in known.items()})
+        known |= {name: tuple(value) for name, value in known.items() if isinstance(value, list)}
+        return cls(**known)
 
 
 @dataclass(frozen=True, eq=False)
