@@ -83,8 +83,8 @@ class FeatureSpec:
     def from_json(cls, text: str) -> "FeatureSpec":
         """What `to_json` wrote."""
         known: dict[str, Any] = json.loads(text)
-        values: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in known.items()}
-        return cls(**values)
+        known |= {name: tuple(value) for name, value in known.items() if isinstance(value, list)}
+        return cls(**known)
 
 
 @dataclass(frozen=True, eq=False)
