@@ -114,12 +114,12 @@ class Group:
 
     @property
     def containers(self) -> list[Object]:
-        """All of the pod, the Ray container first."""
+        """All of the pod, the Ray container first where there is one."""
         return [*(self.pod.get("containers") or []), *self.pod.get("initContainers", [])]
 
     @property
     def ray(self) -> Object:
-        return self.pod["containers"][0]
+        return (self.pod.get("containers") or [{}])[0]
 
     @property
     def volumes(self) -> dict[str, Object]:

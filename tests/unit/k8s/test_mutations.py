@@ -32,7 +32,7 @@ class Mutation:
 
 
 def edited(objects, edits):
-    """A copy with the value at each path KIND/NAME/key/... replaced, computed, appended to a list at `-`, or removed."""
+    """A copy with the value at each path KIND/NAME/key/... replaced, computed, appended (`-`) or removed."""
     objects = copy.deepcopy(objects)
     for path, value in edits.items():
         kind, name, *keys = [part.replace("~", "/") for part in path.split("/")]
@@ -62,6 +62,8 @@ def rule(policy, ttl=0, **condition):
 OPERATOR = [
     Mutation("name_is_short_enough", {"RayJob/distill/metadata/name": "d" * 48}),
     Mutation("name_is_short_enough", {"RayJob/distill/metadata/name": "2-distill"}),
+    Mutation("groups_have_containers", {f"{STUDENT}/{POD}/containers": []}, also=(
+        "memory_is_sized", "run_fits_the_cluster")),
     Mutation("resources_are_said_once", {f"{HEAD}/resources": {"CPU": "4"}}),
     Mutation("labels_are_top_level", {f"{TEACHER}/rayStartParams/labels": "a=b"}),
     Mutation("labels_are_well_formed", {f"{TEACHER}/labels/zone": "eu west"}),
