@@ -1,6 +1,10 @@
 """Every overlay, and every component on an overlay, is built by real kustomize and passes every check."""
 
+import os
+import re
+
 import pytest
+import yaml
 
 from tests.unit.k8s import cluster_policy, manifests, operator_rules, schemas, security_policy
 
@@ -61,3 +65,28 @@ def test_a_changed_run_has_a_config_map_of_another_name():
 
 def test_every_component_is_shown_or_tried():
     assert set(manifests.COMPONENTS) == {"gpu", "autoscaling", "kueue", "raycluster", *TOGETHER}
+
+
+def test_the_readmes_overlay_of_ones_own_is_one(tmp_path):
+    text = (manifests.K8S / "README.md").read_text()
+    example = yaml.safe_load(re.search(r"```yaml\n(.*?)```", text, re.DOTALL)[1])
+    overlays = (manifests.K8S / "overlays").resolve()
+    for key in ("resources", "components"):
+        example[key] = [os.path.relpath(overlays / "mine" / path, tmp_path.resolve()) for path in example[key]]
+    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(example))
+    run = (manifests.K8S / "components" / "gpu" / "run.yaml").read_text()
+    (tmp_path / "run.yaml").write_text(run + "eval: {max_rows: 8}\n")
+    objects = manifests.build(tmp_path)
+    assert failures(objects) == {}
+    (config_map,) = manifests.of_kind(objects, "ConfigMap")
+    assert config_map["data"]["run.yaml"].endswith("eval: {max_rows: 8}\n")
+
+
+def test_the_readme_names_every_overlay_component_and_secret():
+    text = (manifests.K8S / "README.md").read_text()
+    for name in [*manifests.COMPONENTS, *security_policy.SECRETS]:
+        assert f"`{name}`" in text or f"generic {name} " in text
+    for name in manifests.OVERLAYS:
+        assert f"      {name} " in text
+    assert f"{len(operator_rules.CHECKS)} rules of KubeRay's and Kueue's" in text
+    assert f"{len(security_policy.CHECKS) + len(cluster_policy.CHECKS)} of ours" in text
