@@ -13,9 +13,9 @@ help:
 	@echo "make test-unit       the tests that need no Ray (about 5 minutes)"
 	@echo "make test-extended   more jobs on a local Ray (10 to 15 minutes)"
 	@echo "make test-vllm       the tests of the vLLM engine, in .venv-vllm, an environment of its own (CPU)"
-	@echo "make test-k8s        the tests of k8s/, with checkov in .venv-checkov, an environment of its own"
 	@echo "make test-matrix     resume from every ZeRO stage, number of ranks and dtype on every other (10 minutes)"
 	@echo "make chaos           faults strike runs on a local cluster (ROUNDS=3: three times); prints what each cost"
+	@echo "make test-k8s        the tests of k8s/ with checkov, in .venv-checkov, as well, and a table of what holds"
 	@echo "make lint            ruff and mypy through pre-commit"
 	@echo "make format          fix and format with ruff"
 	@echo "make clean           remove .venv, .venv-vllm, .venv-checkov and runs"
@@ -92,6 +92,7 @@ $(CHECKOV_STAMP):
 
 test-k8s: setup $(CHECKOV_STAMP)
 	$(BIN)/python -m pytest tests/unit/k8s
+	$(BIN)/python -m tests.unit.k8s.table
 
 lint: setup
 	$(BIN)/pre-commit run --all-files

@@ -149,10 +149,14 @@ def retries_resume(objects: list[Object]) -> Iterator[str]:
     if _SHELL & set(job.get("entrypoint", "")) or shlex.split(job.get("entrypoint", ""))[:4] != _COMMAND:
         yield f"entrypoint '{job.get('entrypoint')}' is not one plain {' '.join(_COMMAND)}"
     rules = job.get("deletionStrategy", {}).get("deletionRules", [])
-    ends = {(*rule["condition"].items(),)[0] for rule in rules if rule["policy"] == "DeleteCluster"}
-    wanted = {("jobStatus", "SUCCEEDED"), ("jobStatus", "FAILED"), ("jobDeploymentStatus", "Failed")}
-    if not job.get("shutdownAfterJobFinishes") and not wanted <= ends:
-        yield f"the cluster stays after {sorted(wanted - ends)}"
+    ends = {
+        rule["condition"].get(key)
+        for rule in rules
+        for key in ("jobStatus", "jobDeploymentStatus")
+        if rule["policy"] == "DeleteCluster"
+    }
+    if not job.get("shutdownAfterJobFinishes") and (stays := {"SUCCEEDED", "FAILED", "Failed"} - ends):
+        yield f"the cluster stays after {sorted(stays)}"
 
 
 _COMMAND = ["python", "-m", "ray_kd", "distill"]
@@ -231,6 +235,25 @@ def disruption_budgets_hold(objects: list[Object]) -> Iterator[str]:
             yield f"{group.name} is held at {held}: allowed is {wanted}"
 
 
+def monitors_find_the_pods(objects: list[Object]) -> Iterator[str]:
+    """A PodMonitor, whose definition is not at hand: it means every Ray pod, by a port that is there and open."""
+    opened = {
+        item["port"]
+        for policy in manifests.of_kind(objects, "NetworkPolicy")
+        for rule in policy["spec"].get("ingress", [])
+        for item in rule.get("ports", [])
+    }
+    for monitor in manifests.of_kind(objects, "PodMonitor"):
+        wanted = monitor["spec"]["selector"]["matchLabels"]
+        scraped = [endpoint["port"] for endpoint in monitor["spec"]["podMetricsEndpoints"]]
+        for group in manifests.groups(objects):
+            ports = {port["name"]: port["containerPort"] for port in group.ray.get("ports", [])}
+            if any(group.pod_labels.get(key) != value for key, value in wanted.items()):
+                yield f"{manifests.name_of(monitor)} does not mean {group.name}"
+            if any(ports.get(name) not in opened for name in scraped):
+                yield f"{group.name} has the ports {ports}: {scraped} is not among them, or no policy opens it"
+
+
 CHECKS = (
     objects_are_unique,
     references_are_met,
@@ -243,4 +266,5 @@ CHECKS = (
     retries_resume,
     run_fits_the_cluster,
     disruption_budgets_hold,
+    monitors_find_the_pods,
 )

@@ -21,7 +21,7 @@ DEFINITIONS = manifests.ROOT.parent / "shared" / "kuberay-crds"
 KUBERNETES = "1.37"
 
 WITHOUT_SCHEMA = {"PodMonitor"}
-"""Kinds whose definitions are not at hand: these are read by eye."""
+"""Kinds whose definitions are not at hand; cluster_policy.monitors_find_the_pods says what it can."""
 
 _CUSTOM = ("RayJob", "RayCluster")
 

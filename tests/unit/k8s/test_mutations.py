@@ -23,12 +23,16 @@ FIRST = f"{POD}/containers/0"
 
 @dataclass(frozen=True)
 class Mutation:
-    """An edit of an overlay. check: what catches it; alone unless others are named in also."""
+    """An edit of an overlay, or of one with more components.
+
+    check: what catches it; alone unless others are named in also.
+    """
 
     check: str
     edits: dict[str, Any]
     overlay: str = GPU
     also: tuple[str, ...] = ()
+    components: tuple[str, ...] = ()
 
 
 def edited(objects, edits):
@@ -171,6 +175,10 @@ CLUSTERS = [
     Mutation("run_fits_the_cluster", {f"{SPEC}/entrypoint": "python -m ray_kd distill /etc/ray-kd/run.yaml x=1"}),
     Mutation("disruption_budgets_hold", {"PodDisruptionBudget/ray-kd-students/spec/minAvailable": 1}),
     Mutation("disruption_budgets_hold", {"PodDisruptionBudget/ray-kd-head/spec/minAvailable": "100%"}),
+    Mutation("monitors_find_the_pods", {"PodMonitor/ray-kd/spec/podMetricsEndpoints/0/port": "prometheus"},
+             components=("monitoring",)),
+    Mutation("monitors_find_the_pods", {"NetworkPolicy/ray-kd-metrics/spec/ingress/0/ports/0/port": 9090},
+             components=("monitoring",)),
 ]  # fmt: skip
 
 SCHEMAS = [
@@ -199,28 +207,30 @@ def described(mutation):
     return f"{mutation.check}:{next(iter(mutation.edits)).rsplit('spec/', 1)[-1]}"
 
 
-def broken(mutation):
-    objects = manifests.build(manifests.K8S / "overlays" / mutation.overlay)
+@pytest.fixture
+def broken(mutation, tmp_path):
+    folder = manifests.compose(tmp_path, f"overlays/{mutation.overlay}", *mutation.components)
+    objects = manifests.build(folder if mutation.components else manifests.K8S / "overlays" / mutation.overlay)
     changed = edited(objects, mutation.edits)
     assert changed != objects
     return changed
 
 
 @pytest.mark.parametrize("mutation", OPERATOR + SECURITY + CLUSTERS, ids=described)
-def test_a_broken_manifest_is_caught_by_its_check_and_no_other(mutation):
+def test_a_broken_manifest_is_caught_by_its_check_and_no_other(mutation, broken):
     checks = [check for check in CHECKS if check not in schemas.CHECKS]
-    assert set(failures(broken(mutation), checks)) == {mutation.check, *mutation.also}
+    assert set(failures(broken, checks)) == {mutation.check, *mutation.also}
 
 
 @pytest.mark.parametrize("mutation", SCHEMAS, ids=described)
-def test_what_kubernetes_schemas_refuse(mutation):
-    assert set(failures(broken(mutation), schemas.CHECKS)) == {mutation.check}
+def test_what_kubernetes_schemas_refuse(mutation, broken):
+    assert set(failures(broken, schemas.CHECKS)) == {mutation.check}
 
 
 @pytest.mark.parametrize("mutation", DEFINITIONS, ids=described)
-def test_what_kuberays_definitions_refuse(mutation):
+def test_what_kuberays_definitions_refuse(mutation, broken):
     schemas.needs_definitions()
-    assert set(failures(broken(mutation), schemas.CUSTOM_CHECKS)) == {mutation.check}
+    assert set(failures(broken, schemas.CUSTOM_CHECKS)) == {mutation.check}
 
 
 def test_every_check_has_a_mutation():
