@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: help setup quickstart test test-unit test-extended test-matrix test-vllm chaos lint format clean
+.PHONY: help setup quickstart test test-unit test-extended test-matrix test-vllm test-k8s chaos lint format clean
 
 help:
 	@echo "make quickstart      set up, then distil SmolLM2-135M into 15 of its layers (about 10 minutes)"
@@ -15,9 +15,10 @@ help:
 	@echo "make test-vllm       the tests of the vLLM engine, in .venv-vllm, an environment of its own (CPU)"
 	@echo "make test-matrix     resume from every ZeRO stage, number of ranks and dtype on every other (10 minutes)"
 	@echo "make chaos           faults strike runs on a local cluster (ROUNDS=3: three times); prints what each cost"
+	@echo "make test-k8s        the tests of k8s/ with checkov, in .venv-checkov, as well, and a table of what holds"
 	@echo "make lint            ruff and mypy through pre-commit"
 	@echo "make format          fix and format with ruff"
-	@echo "make clean           remove .venv, .venv-vllm and runs"
+	@echo "make clean           remove .venv, .venv-vllm, .venv-checkov and runs"
 
 # The stamp's name holds the hash of pyproject.toml: a changed dependency installs again, nothing else does.
 STAMP := $(VENV)/installed-$(shell sha256sum pyproject.toml | cut -c1-16)
@@ -78,6 +79,21 @@ test-vllm: $(VLLM_STAMP)
 	$(VLLM_BIN)/python -m pytest tests/unit/teacher/test_vllm.py tests/integration/test_vllm.py \
 		tests/integration/test_http_server.py tests/contract/test_engines.py tests/unit/test_models.py
 
+# checkov wants a boto3 of its own. Everything else about k8s/ is in `make test` too.
+CHECKOV_VERSION := 3.3.30
+CHECKOV_VENV := .venv-checkov
+CHECKOV_STAMP := $(CHECKOV_VENV)/installed-$(CHECKOV_VERSION)
+
+$(CHECKOV_STAMP):
+	test -x $(CHECKOV_VENV)/bin/python || $(PYTHON) -m venv $(CHECKOV_VENV)
+	$(CHECKOV_VENV)/bin/python -m pip install --quiet --disable-pip-version-check checkov==$(CHECKOV_VERSION)
+	rm -f $(CHECKOV_VENV)/installed-*
+	touch $@
+
+test-k8s: setup $(CHECKOV_STAMP)
+	$(BIN)/python -m pytest tests/unit/k8s
+	$(BIN)/python -m tests.unit.k8s.table
+
 lint: setup
 	$(BIN)/pre-commit run --all-files
 
@@ -86,4 +102,4 @@ format: setup
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) runs
+	rm -rf $(VENV) $(VLLM_VENV) $(CHECKOV_VENV) runs
