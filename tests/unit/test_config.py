@@ -54,6 +54,45 @@ def test_an_option_can_be_set_on_a_bare_kind(minimal):
     assert loaded.loss.divergence == {"kind": "jsd", "beta": 0.3}
 
 
+LINEAR = {"schedule": "linear", "start": 1, "end": 0, "steps": 3}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "terms"),
+    [
+        ([], [{"kind": "kd", "weight": 1.0}]),
+        (["loss.terms=[ce, {kind: kd, weight: 2}]"], [{"kind": "ce", "weight": 1.0}, {"kind": "kd", "weight": 2.0}]),
+        (
+            ["loss.terms=[kd, ce]", "loss.terms.1.weight=0.2"],
+            [{"kind": "kd", "weight": 1.0}, {"kind": "ce", "weight": 0.2}],
+        ),
+        ([f"loss.terms.0.weight={LINEAR}"], [{"kind": "kd", "weight": LINEAR}]),
+        (
+            [f"loss.terms.0.weight={LINEAR}", "loss.terms.0.weight.start=5"],
+            [{"kind": "kd", "weight": LINEAR | {"start": 5}}],
+        ),
+        (
+            [f"loss.terms.0.weight={LINEAR}", "loss.terms.0.weight={schedule: constant, start: 2}"],
+            [{"kind": "kd", "weight": {"schedule": "constant", "start": 2}}],
+        ),
+        (["loss.terms.0={kind: ce}"], [{"kind": "ce", "weight": 1.0}]),
+    ],
+)
+def test_a_term_is_overridden_alone_or_with_all_others(minimal, overrides, terms):
+    loaded = config.load(minimal, [override.replace("'", "") for override in overrides])
+    assert loaded.loss.terms == terms
+
+
+def test_a_temperature_is_a_number_or_a_schedule(minimal):
+    linear = str(LINEAR).replace("'", "")
+    assert config.load(minimal, ["loss.temperature=2"]).loss.temperature == 2.0
+    assert config.load(minimal, [f"loss.temperature={linear}", "loss.temperature.end=4"]).loss.temperature["end"] == 4
+    assert config.load(minimal, [f"loss.temperature={linear}", "loss.temperature=3"]).loss.temperature == 3.0
+    constant = "loss.temperature={schedule: constant, start: 2}"
+    loaded = config.load(minimal, [f"loss.temperature={linear}", constant])
+    assert loaded.loss.temperature == {"schedule": "constant", "start": 2}
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -69,6 +108,10 @@ def test_an_option_can_be_set_on_a_bare_kind(minimal):
         ("train.label_selector=a", "train.label_selector.*: allowed is a mapping, for example {key: value}"),
         ("loss.divergence=[jsd]", r"loss.divergence \(\['jsd'\]\).*: allowed is a kind, or a mapping"),
         ("student.init=15", "student.init.*allowed is a mapping, or its keys one by one"),
+        ("loss.terms=kd", "loss.terms in .*: allowed is a list, for example"),
+        ("loss.terms.3.weight=1", "loss.terms has no entry 3; allowed: 0"),
+        ("loss.terms.0=ce", r"loss.terms.0 is 'ce': allowed are its keys \(loss.terms.0.KEY=VALUE\)"),
+        ("loss.kd_weight=1", "unknown key 'loss.kd_weight'"),
         ("eval.prompts=hello", "eval.prompts.*allowed is a list, for example"),
         ("train.max_steps", "not key=value"),
         ("a=[", "cannot be read"),
