@@ -130,8 +130,7 @@ def compare_vocabularies(
     if teacher_vocab != student_vocab and vocabulary != SHARED:
         raise ConfigError(
             f"the {names[0]}'s head has {teacher_vocab} rows and the {names[1]}'s {student_vocab}, for the same "
-            f"{needed} ids of tokens: teacher.vocabulary is '{vocabulary}', allowed is {SHARED}: "
-            "the others are left out"
+            f"{needed} ids of tokens: teacher.vocabulary is '{vocabulary}', allowed is {SHARED} (the rest is left out)"
         )
     warnings = []
     for role in ("bos_token", "eos_token", "pad_token"):
