@@ -21,7 +21,7 @@ TERMS = [
     {"kind": "kd", "weight": 1.0},
     {"kind": "ce", "weight": {"schedule": "linear", "start": 0.2, "end": 0.6, "steps": 8}},
     {"kind": "hidden_state", "weight": 0.1, "layers": [1, -1], "projector": "linear", "projector_learning_rate": 1e-2},
-    {"kind": "attention", "weight": 1.0, "layers": [-1], "heads": "mean", "mask": "attention"},
+    {"kind": "attention", "weight": 20.0, "measure": "kl", "layers": [-1], "heads": "mean", "mask": "attention"},
 ]
 LOSSES = ("kd_loss", "ce_loss", "hidden_state_loss", "attention_loss")
 PROJECTORS = {f"hidden_state.{place}.weight": [64, 48] for place in (0, 1)}
@@ -51,7 +51,7 @@ def test_the_terms_fall_and_sum_to_the_loss(finished):
     metrics = finished.metrics
     for line in metrics:
         step = line["step"]
-        weights = (1.0, 0.2 + 0.4 * min(step - 1, 8) / 8, 0.1, 1.0)
+        weights = (1.0, 0.2 + 0.4 * min(step - 1, 8) / 8, 0.1, 20.0)
         assert line["train/weight/ce"] == pytest.approx(weights[1])
         assert "train/weight/kd" not in line
         weighed = sum(weight * line[f"train/{name}"] for weight, name in zip(weights, LOSSES, strict=True))
