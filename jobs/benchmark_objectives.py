@@ -59,12 +59,12 @@ def main() -> int:
 
 def benchmark(options: argparse.Namespace) -> int:
     """Run, print each run as it ends, then the table and who wins."""
-    make_inputs(Path(INPUTS))
     folder = options.work_dir.absolute()
+    study = Study(CONFIG, options.overrides, folder / "eval.jsonl", folder, options.steps)
+    study.check()
+    make_inputs(Path(INPUTS))
     folder.mkdir(parents=True, exist_ok=True)
-    held_out = folder / "eval.jsonl"
-    write_held_out(Path(INPUTS) / "eval.jsonl", held_out, EVAL_EVERY_RECORD)
-    study = Study(CONFIG, options.overrides, held_out, folder, options.steps)
+    write_held_out(Path(INPUTS) / "eval.jsonl", study.eval_path, EVAL_EVERY_RECORD)
     results: list[Result] = []
     for result in measure(study, OBJECTIVES, range(options.seeds)):
         results.append(result)

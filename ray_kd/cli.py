@@ -157,7 +157,7 @@ def _evaluate_options(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--max-new-tokens", type=whole(1), metavar="N",
                         help="length of those answers (default: the run's eval.max_new_tokens)")  # fmt: skip
     parser.add_argument("--lm-eval", type=lambda text: text.split(","), default=[], metavar="TASKS",
-                        help="tasks of lm-evaluation-harness, with commas (pip install 'ray_kd[lm-eval]')")  # fmt: skip
+                        help="tasks of lm-evaluation-harness, with commas (pip install '.[lm-eval]')")  # fmt: skip
     parser.add_argument("--lm-eval-dir", type=Path, metavar="DIR", help="definitions of tasks of your own (YAML)")
     parser.add_argument("--lm-eval-limit", type=whole(1), metavar="N", help="documents of each task at most")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from ray_kd import plugins, storage
@@ -320,7 +320,7 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
         where = f"override '{override}'"
         if isinstance(parsed.get("teachers"), DictConfig):
             _merge_into_list(merged, parsed.teachers, override)
-        elif isinstance(terms := OmegaConf.select(parsed, "loss.terms"), DictConfig):
+        elif isinstance(terms := OmegaConf.select(parsed, "loss.terms"), DictConfig) and "terms=" not in override:
             _merge_into_terms(merged, terms, override)
         else:
             merged = _merge(merged, parsed, where)
@@ -475,7 +475,15 @@ def _read_yaml(path: Path) -> DictConfig:
     return content
 
 
+_RENAMED = {
+    "loss.kd_weight": "it is the weight of a term now: loss.terms=[{kind: kd, weight: 1.0}, ...]",
+    "loss.ce_weight": "it is the weight of a term now: loss.terms=[{kind: kd}, {kind: ce, weight: 0.5}]",
+}
+
+
 def _merge(base: DictConfig, update: DictConfig, where: str) -> DictConfig:
+    if (misplaced := _not_a_list(base, update)) is not None:
+        raise ConfigError(f"{misplaced} in {where}: allowed is a list")
     try:
         merged = OmegaConf.merge(base, update)
     except (ConfigKeyError, ConfigAttributeError) as error:
@@ -486,6 +494,8 @@ def _merge(base: DictConfig, update: DictConfig, where: str) -> DictConfig:
         of_section = [name for name in known if section and name.startswith(f"{section}.")]
         if not section and "teachers" in update:  # OmegaConf names a key in a list without the list
             of_section = known + [item.name for item in fields(OneOfTeachers)]
+        if key in _RENAMED:
+            raise ConfigError(f"unknown key '{key}' in {where}: {_RENAMED[key]}") from error
         raise ConfigError(f"unknown key '{key}' in {where}{plugins.nearest(key, of_section or known)}") from error
     except OmegaConfBaseException as error:
         key = error.full_key or _misfit(base, update) or "value"
@@ -494,6 +504,17 @@ def _merge(base: DictConfig, update: DictConfig, where: str) -> DictConfig:
         raise ConfigError(f"{_misfit(base, update) or 'value'} in {where}: {plugins.explain(error)}") from error
     assert isinstance(merged, DictConfig)
     return merged
+
+
+def _not_a_list(base: DictConfig, update: DictConfig) -> str | None:
+    """The dotted key and the value of the first mapping that is given for a list; OmegaConf names neither."""
+    for name in map(str, update):
+        known, given = OmegaConf.select(base, name), OmegaConf.select(update, name)
+        if isinstance(known, ListConfig) and isinstance(given, DictConfig):
+            return f"{name} is {OmegaConf.to_container(given)}"
+        if isinstance(known, DictConfig) and isinstance(given, DictConfig) and (found := _not_a_list(known, given)):
+            return f"{name}.{found}"
+    return None
 
 
 def _misfit(base: DictConfig, update: DictConfig) -> str | None:
@@ -550,7 +571,8 @@ def _make_way(merged: DictConfig, parsed: DictConfig, key: str, override: str) -
         OmegaConf.update(merged, key, {"kind": kind})
     # One given whole replaces another with its options.
     given = OmegaConf.select(parsed, key) if override.startswith(f"{key}=") else None
-    if isinstance(given, DictConfig) and ("kind" in given or "schedule" in given):
+    is_list = isinstance(OmegaConf.select(merged, key), ListConfig)
+    if isinstance(given, DictConfig) and ("kind" in given or "schedule" in given) and not is_list:
         OmegaConf.update(merged, key, None)
 
 

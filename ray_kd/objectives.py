@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _BUDGET = "teacher.max_bytes_per_token"
-_Plain = tuple[int, int, int | None]
+_Plain = tuple[int, int, int | None, tuple[int, ...] | None]
 """A ModelShape by its fields, since unpickling one imports torch."""
 
 
@@ -52,9 +52,15 @@ def check_terms(config: RunConfig) -> None:
 
     loss, payload = config.loss, config.teacher.payload
     entries = parse_terms(loss.terms)
-    for temperature in parse_temperature(loss.temperature).values:
+    temperature = parse_temperature(loss.temperature)
+    if not temperature.is_constant and payload != HIDDEN_STATES and loss.tail != "renormalize":
+        raise ConfigError(
+            f"loss.temperature is a schedule, and the teacher's tail is known at one temperature: allowed with it is "
+            f"loss.tail=renormalize (it is '{loss.tail}') or teacher.payload={HIDDEN_STATES}"
+        )
+    for value in temperature.values:
         make_objective(
-            loss.divergence, None if payload == HIDDEN_STATES else loss.tail, temperature,
+            loss.divergence, None if payload == HIDDEN_STATES else loss.tail, value,
             payload_temperature=payload_temperature(config),
         )  # fmt: skip
     needing = [entry for entry in entries if entry.is_feature]
@@ -155,7 +161,8 @@ def _check_budget(config: RunConfig, teacher: "PreTrainedConfig", asked: Feature
 def _report_attention(config: RunConfig, key: str, model: "PreTrainedConfig", shape: "ModelShape") -> None:
     from ray_kd.models import attention_nbytes
 
-    size = {"float32": 4}.get(config.student.dtype, 2)
+    # Half-precision models take the softmax in float32 and keep it beside the copy in their own type.
+    size = {"float32": 4}.get(config.student.dtype, 6)
     nbytes = attention_nbytes(model, config.train.micro_batch_size, config.data.sequence_length, size)
     whole = _shape(model)
     nbytes = nbytes * shape.num_layers // whole.num_layers * (shape.num_heads or 1) // (whole.num_heads or 1)
@@ -205,8 +212,10 @@ def _student_shape(config: RunConfig, teacher: "PreTrainedConfig", student: "Pre
     if asked := asked_widths(config.student.init):
         widths = check_widths(teacher, asked)
         shape = replace(shape, width=widths.hidden_size, num_heads=widths.num_attention_heads)
-    return replace(shape, num_layers=len(layers) if isinstance(layers, list) else layers)
+    if isinstance(layers, list):
+        return replace(shape, num_layers=len(layers), origin=tuple(layers))
+    return replace(shape, num_layers=layers)
 
 
 def _plain(shape: "ModelShape") -> _Plain:
-    return shape.num_layers, shape.width, shape.num_heads
+    return shape.num_layers, shape.width, shape.num_heads, shape.origin

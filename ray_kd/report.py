@@ -22,7 +22,7 @@ Document = dict[str, Any]
 def prepare(folder: Path) -> None:
     """Make the folder before anything is measured. Raises ConfigError where no report could be written into it."""
     if not plot.is_possible():
-        raise ConfigError("--report draws its plots with matplotlib: pip install 'ray_kd[bench]'")
+        raise ConfigError("--report draws its plots with matplotlib: pip install '.[bench]'")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".probe"

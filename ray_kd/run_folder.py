@@ -57,10 +57,11 @@ _FREE_OPTIONS = {
 """Kind of engine -> options that say where and how it is asked: a server may move while a run stands still."""
 
 _IMPLIED: dict[str, Any] = {
+    "loss.terms": "loss.kd_weight and loss.ce_weight",  # it never equals what is wanted
     "data.route_by": None, "teacher.payload": "topk_logprobs", "teacher.selection": "topk", "teacher.wire": "plain",
     "teacher.vocabulary": STRICT, "teachers": None, "student.lora": None, "student.freeze": [],
 }  # fmt: skip
-"""What runs did before these keys existed."""
+"""What runs did before these keys existed: one that did something else is another run."""
 
 _CONTENT_KEYS = {"data.source", "data.eval_source", "teacher.model", "teachers.model", "student.model"}
 """Paths may move; what they hold is compared by its fingerprint (`check_content`)."""

@@ -401,7 +401,7 @@ def _check_engine(config: RunConfig) -> None:
     if package is not None and cluster.address(config) is None and importlib.util.find_spec(package) is None:
         raise ConfigError(
             f"teacher.engine is '{plugins.kind_of(teacher.engine)}' and {package} is not installed here: "
-            f"pip install 'ray_kd[{package}]', or another engine"
+            f"pip install '.[{package}]', or another engine"
         )
 
 

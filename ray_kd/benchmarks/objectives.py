@@ -21,7 +21,7 @@ from ray_kd import config as configuration
 from ray_kd import run_folder, storage
 from ray_kd.benchmarks.plot import Bar
 from ray_kd.config import RunConfig
-from ray_kd.errors import RayKDError
+from ray_kd.errors import ConfigError, RayKDError
 from ray_kd.payloads import FEATURES, TOPK_LOGPROBS
 from ray_kd.summary import METRIC_LABELS
 from ray_kd.trainer.loop import CHECKPOINTS
@@ -53,8 +53,7 @@ OBJECTIVES = (
     # channels of SmolLM2's middle layers would be all that a mean squared error sees.
     Objective(
         "KD + CE + hidden states",
-        "[{kind: kd}, {kind: ce, weight: 0.5}, "
-        "{kind: hidden_state, measure: cosine, layers: [5, 10, -1], teacher_layers: [11, 23, -1]}]",
+        "[{kind: kd}, {kind: ce, weight: 0.5}, {kind: hidden_state, measure: cosine, layers: [5, 10, -1]}]",
         FEATURES,
     ),
 )
@@ -85,6 +84,15 @@ class Study:
     """Held-out records, all of which are used (see `write_held_out`)."""
     folder: Path
     steps: int
+
+    def check(self) -> None:
+        """Raise ConfigError for overrides of what the study itself sets, and for those the config refuses."""
+        own = {setting.partition("=")[0] for setting in self.settings(OBJECTIVES[0], 0)[len(self.overrides) :]}
+        for override in self.overrides:
+            key = override.partition("=")[0]
+            if any(f"{key}.".startswith(f"{one}.") or f"{one}.".startswith(f"{key}.") for one in own):
+                raise ConfigError(f"{key} is set by the benchmark (train.max_steps by --steps): allowed are other keys")
+        configuration.load(self.config, self.overrides)
 
     def run_dir(self, objective: Objective, seed: int) -> Path:
         """Names what a run is, so that one of other steps is another."""

@@ -65,5 +65,5 @@ def plot_path(text: str) -> Path:
     if path.suffix not in FORMATS:
         raise argparse.ArgumentTypeError(f"'{text}' ends in none of {', '.join(FORMATS)}")
     if not plot.is_possible():
-        raise argparse.ArgumentTypeError("a plot needs matplotlib: pip install 'ray_kd[bench]'")
+        raise argparse.ArgumentTypeError("a plot needs matplotlib: pip install '.[bench]'")
     return path

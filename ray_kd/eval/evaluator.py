@@ -151,6 +151,7 @@ class Evaluator:
                 agreements += float((logprobs.argmax(dim=-1) == compared.teacher_top1).sum())
                 if breakdown is not None:
                     breakdown.add(compared, logprobs, labels[tokens], context[tokens])
+                del compared, logprobs  # [chunk, V] each, while those of the next chunk are made
         nbytes = float(self._rows[NUM_TARGET_BYTES][used].sum()) if NUM_TARGET_BYTES in self._rows else 0.0
         return np.array([divergence, nll, agreements, len(labels), nbytes, len(used)])
 

@@ -67,7 +67,7 @@ def open_harness(tasks: Sequence[str], folder: Path | None, limit: int | None) -
     Raises ConfigError when the harness is not installed, a task unknown, or its data not to be had.
     """
     if importlib.util.find_spec("lm_eval") is None:
-        raise ConfigError("--lm-eval needs lm-evaluation-harness: pip install 'ray_kd[lm-eval]'")
+        raise ConfigError("--lm-eval needs lm-evaluation-harness: pip install '.[lm-eval]'")
     with _quiet():
         from lm_eval.tasks import TaskManager
 

@@ -12,8 +12,8 @@ from typing import Any
 from ray_kd.errors import ConfigError
 from ray_kd.plugins import nearest
 
-PROPORTIONAL, SAME = "proportional", "same"
-MAPS = (PROPORTIONAL, SAME)
+PROPORTIONAL, SAME, ORIGIN = "proportional", "same", "origin"
+MAPS = (PROPORTIONAL, SAME, ORIGIN)
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,8 @@ class ModelShape:
     width: int
     num_heads: int | None
     """None: an architecture without attention heads."""
+    origin: tuple[int, ...] | None = None
+    """Of a student made of layers of the teacher that the config lists: these."""
 
     @classmethod
     def of(cls, config: Any) -> "ModelShape":
@@ -46,25 +48,35 @@ class LayerMap:
 
 
 def resolve_layers(
-    key: str, layers: Sequence[int], teacher_layers: Sequence[int] | None, how: str, counts: tuple[int, int],
-    extra: int,
+    key: str, layers: Sequence[int], teacher_layers: Sequence[int] | None, how: str | None, student: ModelShape,
+    teacher: ModelShape, extra: int,
 ) -> LayerMap:  # fmt: skip
     """The layers of both sides.
 
     key: where the term stands in the config, for messages. how: one of `MAPS`, for teacher_layers None: proportional,
     layer i of n is learnt from layer round(i m / n) of m (halves up; Jiao et al. 2020, TinyBERT,
-    https://arxiv.org/abs/1909.10351), or same, the index as it is given. counts: the layers n of the student and m of
-    the teacher. extra: 1 for hidden states, which begin with the embeddings' output, 0 for attention.
+    https://arxiv.org/abs/1909.10351); same, the index as it is given; origin, the layer that it was, and after the
+    final norm the teacher's after its own. None: origin where it is known, else proportional. extra: 1 for hidden
+    states, which begin with the embeddings' output, 0 for attention.
 
-    Raises ConfigError for no layer, one out of range or twice, lists of different lengths, and an unknown map.
+    Raises ConfigError for no layer, one out of range or twice, lists of different lengths, an unknown map, and origin
+    where it is not known.
     """
+    counts = (student.num_layers, teacher.num_layers)
+    if how is None:
+        how = PROPORTIONAL if student.origin is None else ORIGIN
     check_choice(f"{key}.map", how, MAPS)
+    if how == ORIGIN and student.origin is None:
+        raise ConfigError(
+            f"{key}.map is '{ORIGIN}', and which of the teacher's layers the student's were is not known: allowed is "
+            f"{PROPORTIONAL} | {SAME}, or student.init.layers as a list"
+        )
     if not layers:
         raise ConfigError(f"{key}.layers is []: allowed is one layer or more")
-    student = tuple(_resolved(f"{key}.layers", layer, counts[0] + extra, "student") for layer in layers)
-    if len(set(student)) < len(student):
+    chosen = tuple(_resolved(f"{key}.layers", layer, counts[0], "student", extra) for layer in layers)
+    if len(set(chosen)) < len(chosen):
         raise ConfigError(
-            f"{key}.layers is {list(layers)}, of the student's layers {list(student)}: allowed is each once"
+            f"{key}.layers is {list(layers)}, of the student's layers {list(chosen)}: allowed is each once"
         )
     if teacher_layers is not None and len(teacher_layers) != len(layers):
         raise ConfigError(
@@ -72,10 +84,15 @@ def resolve_layers(
             f"{key}.layers"
         )
     if teacher_layers is None and how == PROPORTIONAL:
-        return LayerMap(student, tuple(_proportional(layer, counts, extra) for layer in student))
+        return LayerMap(chosen, tuple(_proportional(layer, counts, extra) for layer in chosen))
+    if teacher_layers is None and how == ORIGIN:
+        assert student.origin is not None
+        # Of hidden states: what the embeddings give, what each layer gives, the last one after the final norm.
+        known = (0, *(layer + 1 for layer in student.origin[:-1]), counts[1]) if extra else student.origin
+        return LayerMap(chosen, tuple(known[layer] for layer in chosen))
     named = "teacher_layers" if teacher_layers is not None else "layers"
     asked = layers if teacher_layers is None else teacher_layers
-    return LayerMap(student, tuple(_resolved(f"{key}.{named}", layer, counts[1] + extra, "teacher") for layer in asked))
+    return LayerMap(chosen, tuple(_resolved(f"{key}.{named}", layer, counts[1], "teacher", extra) for layer in asked))
 
 
 def check_choice(key: str, value: Any, allowed: Sequence[str]) -> None:
@@ -91,7 +108,11 @@ def _proportional(layer: int, counts: tuple[int, int], extra: int) -> int:
     return max((2 * place * num_teacher + num_student) // (2 * num_student), 1 - extra) - 1 + extra
 
 
-def _resolved(key: str, layer: int, count: int, who: str) -> int:
+def _resolved(key: str, layer: int, num_layers: int, who: str, extra: int) -> int:
+    count = num_layers + extra
     if not -count <= layer < count:
-        raise ConfigError(f"{key} has {layer}: allowed is {-count} to {count - 1}, the {who} has {count} of them")
+        beside = " with what the embeddings give, 0" if extra else ""
+        raise ConfigError(
+            f"{key} has {layer}: allowed is {-count} to {count - 1}, the {who} has {count} of them{beside}"
+        )
     return layer % count

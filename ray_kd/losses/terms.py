@@ -119,17 +119,17 @@ def parse_terms(entries: Sequence[Any], key: str = "loss.terms") -> list[Entry]:
     a second kd or ce, and for a list of which nothing would be trained.
     """
     given = [_as_mapping(entry, f"{key}[{place}]") for place, entry in enumerate(entries)]
-    several = {kind for kind, count in Counter(entry["kind"] for entry in given).items() if count > 1}
-    for kind in HEAD_KINDS:
-        if kind in several:
-            raise ConfigError(f"{key} has several terms of kind '{kind}': allowed is one")
+    names = [entry["kind"].rpartition(".")[2] for entry in given]  # of a module of one's own, its last part
+    several = {name for name, count in Counter(names).items() if count > 1}
+    for name in HEAD_KINDS:
+        if name in several:
+            raise ConfigError(f"{key} has several terms of kind '{name}': allowed is one")
     seen: Counter[str] = Counter()
     terms = []
-    for place, entry in enumerate(given):
-        kind = entry["kind"]
-        seen[kind] += 1
-        name = kind.rsplit(".", 1)[-1] + (f"_{seen[kind]}" if kind in several else "")
-        terms.append(_entry(entry, name, f"{key}[{place}]"))
+    for place, (entry, name) in enumerate(zip(given, names, strict=True)):
+        seen[name] += 1
+        numbered = f"{name}_{seen[name]}" if name in several else name
+        terms.append(_entry(entry, numbered, f"{key}[{place}]"))
     if not any(value > 0 for term in terms for value in term.weight.values):
         raise ConfigError(f"{key}: {'all weights are 0' if terms else 'it is empty'}: nothing would be trained")
     return terms
@@ -148,6 +148,8 @@ def _entry(entry: dict[str, Any], name: str, key: str) -> Entry:
         raise ConfigError(f"{key}.weight is {min(weight.values):g}: allowed is 0 or more")
     kind = entry["kind"]
     if kind not in HEAD_KINDS:
+        if name in HEAD_KINDS:
+            raise ConfigError(f"{key}: a kind '{kind}' would be named '{name}': allowed is a module of another name")
         if "." not in kind and kind not in kinds():
             raise ConfigError(f"{key}: unknown kind '{kind}'{plugins.nearest(kind, kinds()) or '.'} {_available()}")
         module, config = plugins.options(GROUP, entry, key)

@@ -47,7 +47,7 @@ def load_causal_lm(
     """
     source = local_folder(path)
     if device_map is not None and importlib.util.find_spec("accelerate") is None:
-        raise ConfigError(f"spreading model '{path}' over devices needs accelerate: pip install 'ray_kd[multi-gpu]'")
+        raise ConfigError(f"spreading model '{path}' over devices needs accelerate: pip install '.[multi-gpu]'")
     with quiet():
         try:
             config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)

@@ -204,7 +204,8 @@ class TeacherStage:
                 said = self._engine().annotate(_prepared(block, np.array(group)), self._request)
             assert len(said) == len(group), f"engine answered {len(said)} of {len(group)} rows"
             over = self._request.vocab_size  # which an engine that is older than it does not know
-            assert over is None or all(getattr(one, "vocab_size", over) == over for one in said), (
+            logprobs = [getattr(one, "topk", one) for one in said]  # of features; hidden states have no ids
+            assert over is None or all(getattr(one, "vocab_size", over) == over for one in logprobs), (
                 f"engine answered over other ids than the {over} it was asked for"
             )
             answers.update(zip(group, said, strict=True))

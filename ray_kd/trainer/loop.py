@@ -365,7 +365,9 @@ def _metrics(step: int, result: "StepResult", rate: float, wait_s: float, spec: 
         "train/data_wait_s": wait_s,
         "teacher/tokens_per_second": result.num_tokens / busy_s if busy_s > 0 else 0.0,
         "teacher/topk_mass": result.metrics["teacher_topk_mass"],
-        "teacher/bytes_per_token": result.payload_nbytes / max(1, result.num_valid_tokens),
+        # Features may be of all tokens that are not padding, which is what teacher.max_bytes_per_token counts then.
+        "teacher/bytes_per_token": result.payload_nbytes
+        / max(1, result.num_valid_tokens if spec.expected.features is None else result.num_tokens),
         "data/slot_start": start,
         "data/row_ids_sha256": result.row_ids_sha256(),
     }

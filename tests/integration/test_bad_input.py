@@ -265,7 +265,7 @@ REFUSED = {
     "features that nobody needs": (["teacher.payload=features"], ["teacher.payload is 'features' and no term"]),
     "temperature changes under a tail": (
         ["loss.temperature={{schedule: linear, start: 4, end: 1, steps: 10}}"],
-        ["loss.tail: 'bucket' needs the teacher's log-probabilities at the loss's temperature 4.0", "renormalize"],
+        ["loss.temperature is a schedule", "loss.tail=renormalize (it is 'bucket') or teacher.payload=hidden_states"],
     ),
     "layer out of range": (
         ["teacher.payload=features", "loss.terms=[{{kind: hidden_state, layers: [3]}}]"], ["loss.terms[0]", "3", "2"],

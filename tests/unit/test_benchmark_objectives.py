@@ -169,3 +169,11 @@ def test_the_job_has_help_and_refuses_what_it_cannot_use():
     done = subprocess.run([*job, "--seeds", "0"], capture_output=True, text=True, check=False)
     assert done.returncode == 64
     assert "argument --seeds: '0' is not a whole number of 1 or more" in done.stderr
+
+
+@pytest.mark.parametrize("override", ["train.max_steps=3", "loss.terms.0.weight=2", "student.init={layers: 5}"])
+def test_what_the_study_sets_is_not_overridden_in_silence(study, override):
+    key = override.partition("=")[0]
+    study = bench.Study(study.config, [override], study.eval_path, study.folder, 7)
+    with pytest.raises(ConfigError, match=rf"^{key} is set by the benchmark"):
+        study.check()

@@ -276,3 +276,18 @@ def test_relative_paths_become_absolute(minimal, tmp_path, monkeypatch):
     assert loaded.teacher.model == str(tmp_path / "teacher")
     assert loaded.student.model == "org/student"
     assert config.load(minimal, ["run.dir=s3://bucket/run"]).run.dir == "s3://bucket/run"
+
+
+def test_a_mapping_for_a_list_is_refused_by_name(tmp_path):
+    for override in ("loss.terms={kind: kd}", "student.freeze={kind: x}"):
+        key = override.partition("=")[0]
+        with pytest.raises(ConfigError, match=rf"^{key} is {{'kind': '\w+'}} in override .*: allowed is a list$"):
+            config.load(None, [override])
+    (tmp_path / "c.yaml").write_text("loss: {terms: {kd: {weight: 1}}}")
+    with pytest.raises(ConfigError, match=r"^loss\.terms is {'kd': {'weight': 1}} in .*c\.yaml: allowed is a list$"):
+        config.load(tmp_path / "c.yaml")
+
+
+def test_a_key_that_was_renamed_says_what_it_is_now():
+    with pytest.raises(ConfigError, match=r"^unknown key 'loss\.ce_weight' in .*: it is the weight of a term now"):
+        config.load(None, ["loss.ce_weight=0.5"])

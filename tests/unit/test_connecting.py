@@ -2,6 +2,7 @@
 
 import socket
 import threading
+from types import SimpleNamespace
 
 import pytest
 import ray
@@ -21,6 +22,7 @@ def seen(monkeypatch):
         seen["calls"].append("init")
         if seen["error"] is not None:
             raise seen["error"]
+        return SimpleNamespace(dashboard_url="127.0.0.1:8265")
 
     monkeypatch.setattr(ray, "init", init)
     monkeypatch.setattr(ray, "shutdown", lambda: seen["calls"].append("shutdown"))
@@ -29,12 +31,14 @@ def seen(monkeypatch):
     return seen
 
 
-def test_the_block_begins_before_ray_is_there(seen):
+def test_the_block_begins_before_ray_is_there(seen, caplog):
+    caplog.set_level("INFO", logger="ray_kd")
     with cluster.connecting(RunConfig()) as wait_for_ray:
         assert seen["calls"] == []
         seen["gate"].set()
         wait_for_ray()
         assert seen["calls"] == ["init"]
+        assert "Ray dashboard: http://127.0.0.1:8265" in caplog.messages
         # Ray's processes live as long as the thread that started them.
         assert "ray.init" in [thread.name for thread in threading.enumerate()]
     assert seen["calls"] == ["init", "shutdown"]

@@ -136,10 +136,10 @@ def test_a_missing_extra_is_named_with_how_to_install_it(run_dir, tmp_path, monk
     monkeypatch.setattr(models, "load_causal_lm", lambda *_, **__: pytest.fail("a model was loaded"))
     monkeypatch.setattr(plot, "is_possible", lambda: False)
     assert run(run_dir, "--report", tmp_path / "report") == 64
-    assert "pip install 'ray_kd[bench]'" in capsys.readouterr().err
+    assert "pip install '.[bench]'" in capsys.readouterr().err
     monkeypatch.setattr(harness.importlib.util, "find_spec", lambda name: None)
     assert run(run_dir, "--lm-eval", "arc_easy") == 64
-    assert capsys.readouterr().err == ("error: --lm-eval needs lm-evaluation-harness: pip install 'ray_kd[lm-eval]'\n")
+    assert capsys.readouterr().err == ("error: --lm-eval needs lm-evaluation-harness: pip install '.[lm-eval]'\n")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-evaluation-harness is not installed")

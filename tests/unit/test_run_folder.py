@@ -40,6 +40,15 @@ def folder(tmp_path, load):
     return folder
 
 
+def test_a_run_from_before_terms_is_another_run(folder, load):
+    document = json.loads((folder / "run.json").read_text())
+    del document["settings"]["loss.terms"]
+    document["settings"] |= {"loss.kd_weight": 1.0, "loss.ce_weight": 0.5}
+    (folder / "run.json").write_text(json.dumps(document))
+    with pytest.raises(ConfigError, match=r"its loss\.terms is .*loss\.kd_weight and loss\.ce_weight"):
+        run_folder.check_identity(folder, load())
+
+
 def test_a_run_from_before_payloads_sent_the_top_k(folder, load):
     """Its run.json lacks the key, and what it did is known all the same."""
     document = json.loads((folder / "run.json").read_text())

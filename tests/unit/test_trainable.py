@@ -17,8 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, Qwen3Conf
 from ray_kd import config, models, results
 from ray_kd.config import Lora
 from ray_kd.errors import ConfigError
+from ray_kd.losses.terms import Factors
 from ray_kd.trainer import loop
-from ray_kd.trainer.step import DistillModule
+from ray_kd.trainer.step import DistillModule, Scale
 from tests.fake_run import save, write_run
 from tests.reference.lora import adapted_weight
 from tests.tiny import tiny_llama
@@ -232,9 +233,10 @@ def test_no_gradient_of_a_frozen_head_is_computed(paths, what, tie):
     is_target = torch.arange(16) % 3 > 0
     teacher = {"teacher_ids": torch.arange(30).view(10, 3), "teacher_logprobs": torch.full((10, 3), -2.0)}
     batch = SimpleNamespace(targets=is_target, labels=IDS.flatten()[is_target], teacher=teacher)
-    module = DistillModule(student, {"ce_weight": 0.5})
+    module = DistillModule(student, {})
+    scale = Scale(num_valid_tokens=10, factors=Factors(1.0, {"kd": 1.0, "ce": 0.5}))
     with Produced(head) as produced:
-        module(IDS, torch.arange(8).expand(2, 8), batch, num_valid_tokens=10).backward()
+        module(IDS, torch.arange(8).expand(2, 8), batch, scale).backward()
     assert (produced.count > 0) == (what == "everything")
     assert (head.grad is not None) == (what == "everything")
     assert all(bool(p.grad.any()) for name, p in student.named_parameters() if name.endswith("lora_B.default.weight"))

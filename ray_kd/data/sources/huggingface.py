@@ -1,6 +1,6 @@
 """A Hugging Face dataset: a hub name, a folder that `load_dataset` reads, or one written by `save_to_disk`.
 
-Needs the `datasets` package (`pip install 'ray_kd[hub]'`).
+Needs the `datasets` package (`pip install '.[hub]'`).
 """
 
 import functools
@@ -69,7 +69,7 @@ def _load(path: str, name: str | None, split: str, revision: str | None) -> Any:
     try:
         import datasets
     except ImportError as error:
-        raise ConfigError("source 'huggingface' needs the package datasets: pip install 'ray_kd[hub]'") from error
+        raise ConfigError("source 'huggingface' needs the package datasets: pip install '.[hub]'") from error
     try:
         if Path(path, "dataset_info.json").is_file() or Path(path, "dataset_dict.json").is_file():
             loaded = datasets.load_from_disk(path)

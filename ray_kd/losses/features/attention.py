@@ -43,8 +43,9 @@ class Config:
     """The student's layers: 0 is the first one, -1 the last one."""
     teacher_layers: list[int] | None = None
     """The teacher's, one for each of layers, counted alike; null: by map."""
-    map: str = "proportional"
-    """proportional | same: the teacher layer at the same depth, or of the same index."""
+    map: str | None = None
+    """proportional | same | origin: the teacher layer at the same depth, of the same index, or that the student's layer
+    was; null: origin where student.init.layers is a list, else proportional."""
     mask: str = "targets"
     """targets | attention: pairs of positions that predict a label, or of all that are not padding."""
     heads: str = "match"
@@ -137,8 +138,7 @@ def resolve(config: Config, student: ModelShape, teacher: ModelShape, sequence_l
             f"{key}: the student has {student.num_heads} heads and the teacher {teacher.num_heads}: allowed is as "
             f"many, or {key}.heads={MEAN}"
         )
-    counts = (student.num_layers, teacher.num_layers)
-    layer_map = resolve_layers(key, config.layers, config.teacher_layers, config.map, counts, extra=0)
+    layer_map = resolve_layers(key, config.layers, config.teacher_layers, config.map, student, teacher, extra=0)
     normalizes = config.measure == KL if config.normalize_rows is None else config.normalize_rows
     return Attention(config.measure, config.mask, layer_map, config.heads == MEAN, normalizes)
 

@@ -40,8 +40,9 @@ class Config:
     the final norm."""
     teacher_layers: list[int] | None = None
     """The teacher's, one for each of layers, counted alike; null: by map."""
-    map: str = "proportional"
-    """proportional | same: the teacher layer at the same depth, or of the same index."""
+    map: str | None = None
+    """proportional | same | origin: the teacher layer at the same depth, of the same index, or that the student's layer
+    was; null: origin where student.init.layers is a list, else proportional."""
     mask: str = "targets"
     """targets | attention: the positions that predict a label, or all that are not padding."""
     projector: str | None = None
@@ -102,8 +103,7 @@ def resolve(config: Config, student: ModelShape, teacher: ModelShape, sequence_l
     """
     check_choice(f"{key}.measure", config.measure, (MSE, COSINE))
     check_choice(f"{key}.mask", config.mask, MASKS)
-    counts = (student.num_layers, teacher.num_layers)
-    layer_map = resolve_layers(key, config.layers, config.teacher_layers, config.map, counts, extra=1)
+    layer_map = resolve_layers(key, config.layers, config.teacher_layers, config.map, student, teacher, extra=1)
     if config.projector is not None:
         check_choice(f"{key}.projector", config.projector, (LINEAR,))
     elif student.width != teacher.width:

@@ -88,7 +88,7 @@ class Engine:
             from vllm.platforms import current_platform
         except ImportError as error:
             raise ConfigError(
-                f"teacher.engine 'vllm' needs vLLM, which cannot be imported here ({error}): pip install 'ray_kd[vllm]'"
+                f"teacher.engine 'vllm' needs vLLM, which cannot be imported here ({error}): pip install '.[vllm]'"
             ) from error
         if current_platform.device_type != device:
             raise ConfigError(

@@ -22,17 +22,39 @@ STUDENT, TEACHER = ModelShape(4, 64, 4), ModelShape(12, 64, 4)
         ([-1, 0], None, "same", 0, ((3, 0), (11, 0))),
         ([1, 2], [-3, 0], "proportional", 1, ((1, 2), (10, 0))),
         ([1, 2], [7, 7], "proportional", 0, ((1, 2), (7, 7))),
+        ([0, 1, 2, -1], None, None, 1, ((0, 1, 2, 4), (0, 3, 6, 12))),
+        ([-1], None, None, 0, ((3,), (11,))),
     ],
 )
 def test_layers_are_resolved(layers, teacher_layers, how, extra, expected):
-    assert resolve_layers(KEY, layers, teacher_layers, how, (4, 12), extra) == LayerMap(*expected)
+    assert resolve_layers(KEY, layers, teacher_layers, how, STUDENT, TEACHER, extra) == LayerMap(*expected)
+
+
+@pytest.mark.parametrize(
+    ("layers", "how", "extra", "expected"),
+    [
+        ([0, 1, 2, 3], None, 0, (0, 2, 3, 9)),
+        # After layers 0, 2, 3 and, after the final norm, the last: the teacher's last one, which is after its norm.
+        ([0, 1, 2, 3, 4], "origin", 1, (0, 1, 3, 4, 12)),
+        ([1], "proportional", 1, (3,)),
+    ],
+)
+def test_a_student_of_the_teachers_layers_learns_from_them(layers, how, extra, expected):
+    student = ModelShape(4, 64, 4, origin=(0, 2, 3, 9))
+    assert resolve_layers(KEY, layers, None, how, student, TEACHER, extra).teacher == expected
+
+
+def test_an_origin_that_is_not_known_is_refused():
+    with pytest.raises(ConfigError, match=r"map is 'origin', .* or student\.init\.layers as a list"):
+        resolve_layers(KEY, [1], None, "origin", STUDENT, TEACHER, extra=1)
 
 
 @pytest.mark.parametrize(("num_student", "num_teacher"), [(15, 30), (5, 7), (7, 5), (1, 9), (9, 1), (6, 6)])
 def test_proportional_maps_keep_both_ends_and_the_order(num_student, num_teacher):
     for extra in (0, 1):
         layers = list(range(num_student + extra))
-        found = resolve_layers(KEY, layers, None, "proportional", (num_student, num_teacher), extra).teacher
+        shapes = ModelShape(num_student, 8, 2), ModelShape(num_teacher, 8, 2)
+        found = resolve_layers(KEY, layers, None, "proportional", *shapes, extra).teacher
         assert found[-1] == num_teacher - 1 + extra
         assert list(found) == sorted(found)
         for layer, other in zip(layers, found, strict=True):
@@ -70,7 +92,7 @@ def test_proportional_maps_keep_both_ends_and_the_order(num_student, num_teacher
         (
             "hidden_state",
             {"map": "proportionl"},
-            r"map is 'proportionl': allowed is proportional \| same; did you mean",
+            r"map is 'proportionl': allowed is proportional \| same \| origin; did you",
         ),
         ("hidden_state", {"measure": "kl"}, r"measure is 'kl': allowed is mse \| cosine"),
         ("attention", {"measure": "cosine"}, r"measure is 'cosine': allowed is mse \| kl"),

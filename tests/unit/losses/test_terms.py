@@ -44,6 +44,8 @@ def test_a_weight_that_is_zero_at_first_is_trained_later():
         ([{"kind": "kd", "weight": 0}, {"kind": "ce", "weight": 0}], "^loss.terms: all weights are 0"),
         (["kd", "kd"], "^loss.terms has several terms of kind 'kd': allowed is one"),
         ([{"kind": "ce"}, "ce"], "^loss.terms has several terms of kind 'ce'"),
+        (["kd", {"kind": "mine.kd", "weight": 7}], "^loss.terms has several terms of kind 'kd'"),
+        ([{"kind": "mine.kd"}], r"^loss.terms\[0\]: a kind 'mine.kd' would be named 'kd'"),
         ([3], r"^loss.terms\[0\] is 3: allowed is {kind: ..., weight: ..., options}. Available: kd, ce, attention"),
         ([{"weight": 1}], r"^loss.terms\[0\] is {'weight': 1}: allowed is"),
         (["kdd"], r"^loss.terms\[0\]: unknown kind 'kdd'; did you mean 'kd'\? Available: kd, ce, attention, hidden"),
