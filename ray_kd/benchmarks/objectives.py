@@ -43,7 +43,7 @@ class Objective:
 
 
 STUDENT_LAYERS = (0, 1, 2, 8, 10, 11, 19, 20, 21, 22, 23, 24, 27, 28, 29)
-"""The teacher's, by block influence on the quickstart's data: the same student for every seed."""
+"""The teacher's, a choice by block influence: named here, so that every seed begins with the same student."""
 
 OBJECTIVES = (
     Objective("CE", "[{kind: ce}]"),
