@@ -19,7 +19,8 @@ INPUTS = "runs/quickstart-inputs"
 
 def main(overrides: list[str]) -> int:
     """Inputs, then the distill job, which ends with its figures and samples; returns its exit code."""
-    make_inputs(Path(INPUTS))
+    if not {"-h", "--help"} & set(overrides):
+        make_inputs(Path(INPUTS))
     return cli.main("distill", [CONFIG, *overrides])
 
 
