@@ -234,15 +234,15 @@ REFUSED = {
     "a frozen head that is the embeddings": (["student.freeze=[head]"], ["student.freeze is ['head']", "tied", "both"]),
     "everything frozen": (["student.freeze=['*']", "student.model={w}/untied"], ["all of the student"]),
     "a student wider than its teacher": (
-        ["student.model=null", "student.init={layers: 2, intermediate_size: 1000}"],
+        ["student.model=null", "student.init={{layers: 2, intermediate_size: 1000}}"],
         ["student.init.intermediate_size is 1000", "1 to the teacher's 128"],
     ),
     "heads that do not go evenly to KV heads": (
-        ["student.model=null", "student.init={layers: 2, num_attention_heads: 3}"],
+        ["student.model=null", "student.init={{layers: 2, num_attention_heads: 3}}"],
         ["student.init.num_attention_heads is 3", "2 | 4 with 2 KV heads"],
     ),
     "widths of an unknown architecture": (
-        ["student.model=null", "student.init={layers: 1, hidden_size: 8}", "teacher.model={w}/capped"],
+        ["student.model=null", "student.init={{layers: 1, hidden_size: 8}}", "teacher.model={w}/capped"],
         ["model_type 'gemma2'", "llama | mistral | qwen2 | qwen3"],
     ),
     "heads of different sizes": (
