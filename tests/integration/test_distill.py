@@ -181,7 +181,7 @@ def test_a_student_narrower_than_its_teacher(jobs):
         "student.init={layers: 2, intermediate_size: 48, num_attention_heads: 2, hidden_size: 32}",
     )  # fmt: skip
     assert job.exit_code == 0, job.stderr
-    assert ", intermediate_size 48, num_attention_heads 2, hidden_size 32 (" in job.stdout
+    assert ", hidden_size 32, intermediate_size 48, num_attention_heads 2 (" in job.stdout
     final = AutoModelForCausalLM.from_pretrained(job.run_dir / "final").config
     assert (final.num_hidden_layers, final.intermediate_size, final.hidden_size, final.head_dim) == (2, 48, 32, 16)
 

@@ -444,7 +444,7 @@ def _feature_step(engine: Any, step: int, total: int) -> dict[str, Any]:
     from ray_kd.trainer.step import Flags, train_step
 
     zero.set_learning_rate(engine, rate(step))
-    result = train_step(engine, _feature_batches(step, total), torch.device("cpu"), Flags(0, 0, 0), _factors(step))
+    result = train_step(engine, _feature_batches(step, total), torch.device("cpu"), Flags(0, 0, 0, 0), _factors(step))
     return {"loss": result.metrics["loss"], "norm": result.grad_norm, "applied": result.is_applied,
             "metrics": result.metrics}  # fmt: skip
 

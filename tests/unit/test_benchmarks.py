@@ -87,7 +87,7 @@ def test_what_can_be_used_is_read(tmp_path, monkeypatch):
     assert options.plot_path(f"{tmp_path}/b.svg") == tmp_path / "b.svg"
     assert (options.shape("64x32x1000"), options.whole(1)("3"), options.positive("2.5")) == ((64, 32, 1000), 3, 2.5)
     monkeypatch.setattr(options.plot, "is_possible", lambda: False)
-    with pytest.raises(argparse.ArgumentTypeError, match=r"needs matplotlib: pip install 'ray_kd\[bench\]'"):
+    with pytest.raises(argparse.ArgumentTypeError, match=r"needs matplotlib: pip install '.\[bench\]'"):
         options.plot_path(f"{tmp_path}/b.png")
 
 

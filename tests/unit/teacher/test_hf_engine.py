@@ -228,6 +228,6 @@ def test_a_model_that_does_not_fit_is_refused(model_path, monkeypatch):
 
 def test_a_missing_accelerate_is_named_with_what_installs_it(model_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "accelerate", None)
-    with pytest.raises(ConfigError, match=r"needs accelerate: pip install 'ray_kd\[multi-gpu\]'$") as error:
+    with pytest.raises(ConfigError, match=r"needs accelerate: pip install '.\[multi-gpu\]'$") as error:
         spread(model_path, "auto")
     assert "\n" not in str(error.value)

@@ -50,7 +50,7 @@ def test_another_layout_is_no_answer(prompt):
 
 def test_a_missing_vllm_is_named_with_what_installs_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
-    with pytest.raises(ConfigError, match=r"needs vLLM.*pip install 'ray_kd\[vllm\]'") as error:
+    with pytest.raises(ConfigError, match=r"needs vLLM.*pip install '.\[vllm\]'") as error:
         vllm.Engine(vllm.Config(), model="nowhere")
     assert "\n" not in str(error.value)
 
