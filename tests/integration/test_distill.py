@@ -194,6 +194,7 @@ def test_heads_with_padding_of_different_sizes(jobs, payload):
     job = jobs.distill(
         f"padded-{payload}", f"teacher.model={teacher}", f"student.model={student}", "teacher.vocabulary=shared",
         f"teacher.payload={payload}", "train.max_steps=3", "teacher.cache.mode=write_through",
+        f"teacher.cache.path={jobs.folder}/cache-{payload}",
     )  # fmt: skip
     assert job.exit_code == 0, job.stderr
     before, after = (job.summary["eval"][when]["kl"] for when in ("before", "after"))
