@@ -320,7 +320,9 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
         where = f"override '{override}'"
         if isinstance(parsed.get("teachers"), DictConfig):
             _merge_into_list(merged, parsed.teachers, override)
-        elif isinstance(terms := OmegaConf.select(parsed, "loss.terms"), DictConfig) and "terms=" not in override:
+        elif not override.startswith("loss.terms=") and isinstance(
+            terms := OmegaConf.select(parsed, "loss.terms"), DictConfig
+        ):
             _merge_into_terms(merged, terms, override)
         else:
             merged = _merge(merged, parsed, where)

@@ -74,13 +74,11 @@ def _teacher_s(spec: HeldOut) -> float:
 def evaluate_model(spec: HeldOut, path: str, device: "torch.device") -> dict[str, Any]:
     """The metrics of a model folder and where they come from (`eval/breakdown.py`), in this process."""
     from ray_kd import models
-    from ray_kd.eval import Breakdown, Evaluator, rows_of_rank
 
-    rows = rows_of_rank(PreparedData(spec.prepared_dir).read_eval(spec.max_rows), rank=0, world_size=1)
-    targets = _targets(spec, rows, device)
-    breakdown = Breakdown(targets.metric, targets.max_rank)
+    evaluator = _evaluator(spec, device, rank=0, world_size=1)
+    breakdown = evaluator.new_breakdown()
     student = models.load_causal_lm(path, dtype="float32", device=device)
-    metrics = Evaluator(rows, targets, batch_size=spec.batch_size, device=device).evaluate(
+    metrics = evaluator.evaluate(
         lambda ids, positions: models.decoder_hidden(student, ids, positions),
         lambda: _gathered_head(student),
         breakdown=breakdown,

@@ -230,18 +230,20 @@ def read_ranges(ranges: Sequence[tuple[Path, int, int]]) -> list[bytes]:
 
 
 def append_text(target: Path, text: str) -> None:
-    """Add whole lines to a small file that is written seldom and by one process at a time.
+    """Add whole lines to a small file that is written seldom; in a store, by one process at a time.
 
-    A line that a kill or a full disk cut short goes first: it would take the new one with it.
+    A line that a kill or a full disk cut short goes first: it would take the new one with it. The lock keeps a line
+    that another process is still writing from being taken for one.
     """
     if is_remote(target):
         target.write_text("".join(read_lines(target)) + text, encoding="utf-8")
         return
     with target.open("a+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)
         content = file.read()
         whole = content.rfind(b"\n") + 1
-        if whole < len(content):  # never else: another process may have added a line since
+        if whole < len(content):
             file.truncate(whole)
         file.write(text.encode())
 

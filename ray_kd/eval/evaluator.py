@@ -83,6 +83,10 @@ class Evaluator:
         self._device = torch.device(device)
         self._chunk_size = chunk_size
 
+    def new_breakdown(self) -> Breakdown:
+        """An empty one of this teacher, for `evaluate` to fill."""
+        return Breakdown(self._teacher.metric, self._teacher.max_rank)
+
     @torch.no_grad()
     def evaluate(
         self,
@@ -137,7 +141,6 @@ class Evaluator:
         next_labels = schema.next_labels(self._rows[schema.LABELS][used])[self._targets[used]]
         labels = torch.from_numpy(next_labels).to(self._device).long()
         positions = self._rows[schema.POSITION_IDS][used][self._targets[used]]
-        context = torch.from_numpy(positions).to(self._device).long() + 1
 
         divergence = nll = agreements = 0.0
         with student_weight() as (weight, bias):
@@ -150,7 +153,7 @@ class Evaluator:
                 nll -= float(logprobs.gather(1, labels[tokens, None]).sum(dtype=torch.float64))
                 agreements += float((logprobs.argmax(dim=-1) == compared.teacher_top1).sum())
                 if breakdown is not None:
-                    breakdown.add(compared, logprobs, labels[tokens], context[tokens])
+                    breakdown.add(compared, logprobs, labels[tokens], torch.from_numpy(positions[tokens]).long() + 1)
                 del compared, logprobs  # [chunk, V] each, while those of the next chunk are made
         nbytes = float(self._rows[NUM_TARGET_BYTES][used].sum()) if NUM_TARGET_BYTES in self._rows else 0.0
         return np.array([divergence, nll, agreements, len(labels), nbytes, len(used)])

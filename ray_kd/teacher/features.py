@@ -16,14 +16,14 @@ from ray_kd.payloads import Features, FeatureSpec, TopKLogprobs
 from ray_kd.payloads.features import ATTENTION, TARGETS
 from ray_kd.teacher.engine import RowError, Rows
 
+_POSITIONS = {TARGETS: schema.target_positions, ATTENTION: schema.real_positions}
 
-def positions(rows: Rows) -> dict[str, NDArray[np.bool_]]:
-    """Mask -> its positions [B, T] in whole rows."""
+
+def positions(rows: Rows, spec: FeatureSpec) -> dict[str, NDArray[np.bool_]]:
+    """Mask -> its positions [B, T] in whole rows: of the targets, and of the masks that the spec names."""
     labels, position_ids = np.asarray(rows[schema.LABELS]), np.asarray(rows[schema.POSITION_IDS])
-    return {
-        TARGETS: schema.target_positions(labels, position_ids),
-        ATTENTION: schema.real_positions(labels, position_ids),
-    }
+    masks = {TARGETS, spec.hidden_mask, spec.attention_mask}
+    return {mask: find(labels, position_ids) for mask, find in _POSITIONS.items() if mask in masks}
 
 
 def needed(is_in: Mapping[str, NDArray[np.bool_]], spec: FeatureSpec) -> NDArray[np.bool_]:

@@ -78,7 +78,7 @@ def collate(rows: pa.Table, expected: "Expected") -> MicroBatch:
         slots=columns[schema.SLOT],
         row_ids=columns[schema.ROW_ID],
         errors=rows.column(schema.TEACHER_ERROR).to_pylist(),
-        num_tokens=_count_tokens(position_ids, labels, weight),
+        num_tokens=int(schema.real_positions(labels, position_ids)[used].sum()),
         payload_nbytes=sum(len(payloads[place]) for place in used),
         teacher_busy_s=float(columns[schema.TEACHER_BUSY_S].sum()),
     )
@@ -122,15 +122,3 @@ _TEACHER: dict[str, Callable[[list[bytes], list[int], "Expected"], dict[str, tor
 
 def _check_shape(shape: tuple[int, ...], count: int, expected: "Expected") -> None:
     assert shape == (count, expected.width), f"payload {shape} for {(count, expected.width)}: alignment is broken"
-
-
-def _count_tokens(position_ids: np.ndarray, labels: np.ndarray, weight: np.ndarray) -> int:
-    """Non-padding tokens of the trained rows: padding is the last document of a row, and the only one unlabelled."""
-    num_tokens = 0
-    for positions, row_labels, row_weight in zip(position_ids, labels, weight, strict=True):
-        if row_weight == 0:
-            continue
-        last_start = int(np.flatnonzero(positions == 0)[-1])
-        is_padded = (row_labels[last_start:] == schema.IGNORED_LABEL).all()
-        num_tokens += last_start if is_padded and last_start > 0 else len(positions)
-    return num_tokens

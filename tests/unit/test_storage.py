@@ -342,6 +342,21 @@ def test_of_several_who_add_lines_at_once_none_is_lost(tmp_path):
     assert sorted(map(int, path.read_text().split())) == list(range(2000))
 
 
+def test_a_line_that_another_is_writing_is_not_taken_for_one_cut_short(tmp_path):
+    path = tmp_path / "refused.jsonl"
+    with ThreadPoolExecutor(1) as pool, path.open("a") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        other.write("fir")
+        other.flush()
+        second = pool.submit(storage.append_text, path, "second\n")
+        with pytest.raises(TimeoutError):
+            second.result(timeout=0.2)
+        other.write("st\n")
+        other.close()
+        second.result(timeout=60)
+    assert path.read_text() == "first\nsecond\n"
+
+
 def test_a_file_that_could_not_be_written_leaves_nothing(tmp_path):
     """Part of one would fill a full disk for good."""
     (tmp_path / "taken" / "by").mkdir(parents=True)

@@ -140,7 +140,7 @@ class Engine:
             torch.empty(*all_ids.shape, self._config.width), list(map(torch.from_numpy, states)),
             list(map(torch.from_numpy, maps)),
         )  # fmt: skip
-        return features.features(outputs, answers, all_positions, features.positions(rows), spec)
+        return features.features(outputs, answers, all_positions, features.positions(rows, spec), spec)
 
     def logprobs(self, tokens: NDArray[np.integer], temperature: float = 1.0) -> NDArray[np.float64]:
         """The known distribution after each token: [M] ids -> log-probabilities [M, V]."""

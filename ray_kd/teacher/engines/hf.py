@@ -127,7 +127,7 @@ class Engine:
         spec = request.features if request.kind == FEATURES and request.features is not None else FeatureSpec()
         if spec.attention_layers and not self._returns_attention:
             raise ValueError("the engine was built without eager attention: allowed are requests of no attention maps")
-        is_in = features_of.positions(rows)
+        is_in = features_of.positions(rows, spec)
         lengths = needed_lengths(features_of.needed(is_in, spec))
         answers: dict[int, Answer] = {}
         for places in _batches(lengths, self._batch_size, self._batch_tokens):
