@@ -10,7 +10,7 @@ metrics.jsonl, quarantine.jsonl, eval_before.json, checkpoints/, final/, summary
 """
 
 import json
-import os
+import secrets
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -76,7 +76,7 @@ def create(folder: Path) -> None:
     """Make the folder and prove it can be written. Raises ConfigError when it cannot."""
     with storage.refused_if_unwritable(folder, "run.dir"):
         storage.make_folder(folder)
-        probe = folder / f".probe-{os.getpid()}"
+        probe = folder / f".probe-{secrets.token_hex(8)}"  # a name that nobody can have put a link at
         probe.write_text("")
         probe.unlink()
 

@@ -116,7 +116,7 @@ class PreparedData:
         """Read every file and compare its sha256 with the manifest. Raises DataError naming the file."""
         for file in [*self.manifest.files, *self.manifest.eval_files]:
             path = self.folder / file.name
-            if not path.exists() or sha256_of(path) != file.sha256:
+            if not path.exists() or path.is_symlink() or sha256_of(path) != file.sha256:
                 raise DataError(f"prepared file '{path}' is not what its manifest says: remove '{self.folder}'")
 
     def _split_files(self, split: Split) -> list[PreparedFile]:
@@ -134,6 +134,8 @@ class PreparedData:
     def _local(self, name: str) -> Path:
         """A file where it can be mapped; what comes from a store is compared with the manifest."""
         if not storage.is_remote(self.folder):
+            if (self.folder / name).is_symlink():
+                raise DataError(f"prepared file '{self.folder / name}' is a link: remove '{self.folder}'")
             return self.folder / name
         (file,) = (file for file in [*self.manifest.files, *self.manifest.eval_files] if file.name == name)
 

@@ -132,7 +132,7 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     for leftover in target.parent.glob(f".{target.name}.partial-*"):
         if time.time() - leftover.stat().st_mtime > _LEFTOVER_AGE_S:
-            shutil.rmtree(leftover)
+            storage.remove(leftover)
     partial = target.parent / f".{target.name}.partial-{secrets.token_hex(4)}"
     partial.mkdir()
     try:
@@ -142,7 +142,7 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
             old = target.parent / f".{target.name}.partial-old-{secrets.token_hex(4)}"
             os.rename(target, old)
             os.rename(partial, target)
-            shutil.rmtree(old)
+            storage.remove(old)
         else:
             os.rename(partial, target)
     except BaseException:
@@ -204,7 +204,7 @@ def _read_config(path_or_id: str, revision: str | None, what: str) -> PreTrained
         return AutoConfig.from_pretrained(local_folder(path_or_id), revision=revision, trust_remote_code=False)
     # What transformers, and the validators under it, raise for bad JSON; an error of ours is of the copy of a URI.
     except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
-        raise ConfigError(f"{what}.model '{path_or_id}': config.json cannot be used: {_line(error)}") from error
+        raise ConfigError(f"{what}.model '{path_or_id}': config.json cannot be used: {why_not(error)}") from error
 
 
 def _check_decoder_only(config: PreTrainedConfig, path_or_id: str, what: str) -> None:
@@ -243,6 +243,13 @@ def _hub_model(model_id: str, revision: str | None, what: str) -> _HubModel:
             ) from error
         return _HubModel(folder.name, [entry.name for entry in folder.iterdir()], [])
     return _HubModel(str(info.sha), [sibling.rfilename for sibling in info.siblings or []], info.tags or [])
+
+
+def why_not(error: BaseException) -> str:
+    """What transformers says of files that it cannot use, in one line; its advice to run their code is left out."""
+    if "trust_remote_code" in str(error):
+        return "it needs code of its own (auto_map), which is never run here; allowed are architectures of transformers"
+    return _line(error)
 
 
 def _line(error: BaseException) -> str:

@@ -14,7 +14,7 @@ from transformers.utils import logging
 from ray_kd.config import SHARED, STRICT, Teacher
 from ray_kd.errors import ConfigError
 from ray_kd.models.decoder import base_causal_lm
-from ray_kd.models.folder import local_folder
+from ray_kd.models.folder import local_folder, why_not
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -65,7 +65,7 @@ def load_causal_lm(
         except (OSError, ValueError, KeyError) as error:
             if isinstance(error, ConfigError):
                 raise
-            raise ConfigError(f"model '{path}' cannot be loaded: {' '.join(str(error).split())}") from error
+            raise ConfigError(f"model '{path}' cannot be loaded: {why_not(error)}") from error
     model, info = loaded
     wrong = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
     if wrong:
@@ -82,7 +82,7 @@ def load_tokenizer(path: str, revision: str | None = None) -> "PreTrainedTokeniz
         try:
             return AutoTokenizer.from_pretrained(local_folder(path), revision=revision, trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
-            raise ConfigError(f"model '{path}' has no usable tokenizer: {' '.join(str(error).split())}") from error
+            raise ConfigError(f"model '{path}' has no usable tokenizer: {why_not(error)}") from error
 
 
 def num_token_ids(tokenizer: "PreTrainedTokenizerBase") -> int:

@@ -23,6 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from ray_kd import storage
 from ray_kd.errors import ConfigError
 
 FORMAT = 1
@@ -350,6 +351,9 @@ def _read_records(folder: Path) -> list[dict[str, Any]]:
     records = [json.loads(path.read_bytes()) for path in paths]
     if not records:
         raise ConfigError(f"{folder}: no rank*.json, not a training checkpoint")
+    for name in (name for record in records for name in record["files"]):
+        if not storage.is_inside(name):
+            raise ConfigError(f"{folder}: {name!a} is no path inside the checkpoint")
     first = records[0]
     if first["format"] != FORMAT:
         raise ConfigError(f"{folder}: fragment format {first['format']}, this code reads {FORMAT}")
