@@ -25,7 +25,7 @@ class Parser(argparse.ArgumentParser):
     """argparse with the exit code of a user's mistake."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(ConfigError.exit_code, f"error: {message} (--help lists what is allowed)\n")
+        self.exit(ConfigError.exit_code, f"error: {redact.redact(message)} (--help lists what is allowed)\n")
 
 
 def main(job: str, argv: Sequence[str] | None = None) -> int:
@@ -341,5 +341,5 @@ def _fail(message: str, exit_code: int) -> int:
 
 
 def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
+    text = redact.redact(" ".join(str(error).split()))  # before it is cut: half a secret is not found
     return f"{type(error).__name__}: {text[:300]}"

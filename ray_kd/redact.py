@@ -92,7 +92,10 @@ def _query_names(text: str) -> list[str]:
 
 def _secret_variables() -> list[tuple[str, str]]:
     """(name, value), the longest values first: one may hold another."""
-    found = [(name, value) for name, value in os.environ.items() if is_secret_name(name) and len(value) >= _SHORTEST]
+    found = [
+        (name, value) for name, value in os.environ.items()
+        if len(value) >= _SHORTEST and (is_secret_name(name) or name.upper().endswith("_KEY"))
+    ]  # fmt: skip
     return sorted(found, key=lambda pair: -len(pair[1]))
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ray_kd import config as configuration
-from ray_kd import storage
+from ray_kd import redact, storage
 from ray_kd.config import STRICT, OneOfTeachers, RunConfig, StudentInit, each_teacher
 from ray_kd.errors import ConfigError
 from ray_kd.payloads import HIDDEN_STATES
@@ -129,7 +129,8 @@ def engine_identity(config: RunConfig, with_address: bool = False) -> dict[str, 
     engine = config.teacher.engine
     options: dict[str, Any] = {"kind": engine} if isinstance(engine, str) else dict(engine)
     free = _FREE_OPTIONS.get(str(options.get("kind")), set()) - ({"url"} if with_address else set())
-    return {name: value for name, value in options.items() if name not in free}
+    masked: dict[str, Any] = redact.mask(options)
+    return {name: value for name, value in masked.items() if name not in free}
 
 
 def check_identity(folder: Path, config: RunConfig) -> None:

@@ -31,6 +31,7 @@ from typing import IO, Any, cast
 from upath import UPath
 
 from ray_kd.errors import ConfigError, RayKDError, RetryableError, StorageFull
+from ray_kd.redact import redact
 
 SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss", "az")
 """Stores whose puts are whole and seen by all at once. Their clients: s3fs, gcsfs, adlfs."""
@@ -89,7 +90,7 @@ def store_errors() -> Iterator[None]:
     except RayKDError:
         raise
     except Exception as error:
-        line = " ".join(str(error).split()) or type(error).__name__
+        line = redact(" ".join(str(error).split())) or type(error).__name__
         if is_full(error):
             raise StorageFull(f"{line[:300]}: the same command goes on when there is space") from error
         if not is_store_error(error):
