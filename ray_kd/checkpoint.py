@@ -232,8 +232,14 @@ def read_state(folder: Path) -> dict[str, Any]:
     with _unreadable_is_corrupt(path):
         if _record(path) != record:
             raise CorruptCheckpoint(f"{path}: sha256 differs from {MANIFEST}")
-        document: dict[str, Any] = json.loads(path.read_bytes())
-    _check_version(path, document["schema_version"])
+        content = path.read_bytes()
+    try:
+        document: dict[str, Any] = json.loads(content)
+        _check_version(path, document["schema_version"])
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise CorruptCheckpoint(f"{path}: cannot be read ({type(error).__name__})") from error
     return document
 
 

@@ -126,8 +126,14 @@ class PreparedData:
 
     def _group(self, name: str, index: int) -> pa.Table:
         def read() -> pa.Table:
-            opened = _remember(self._files, name, lambda: pq.ParquetFile(self._local(name)))
-            return opened.read_row_group(index)
+            try:
+                opened = _remember(self._files, name, lambda: pq.ParquetFile(self._local(name)))
+                return opened.read_row_group(index)
+            except pa.ArrowException as error:
+                reason = " ".join(str(error).split())[:200]
+                raise DataError(
+                    f"prepared file '{self.folder / name}' cannot be read ({reason}): remove '{self.folder}'"
+                ) from error
 
         return _remember(self._groups, (name, index), read)
 

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -62,7 +63,7 @@ def load_causal_lm(
                 output_loading_info=True,
                 device_map=device_map,
             )
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
             if isinstance(error, ConfigError):
                 raise
             raise ConfigError(f"model '{path}' cannot be loaded: {why_not(error)}") from error
