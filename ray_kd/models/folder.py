@@ -68,7 +68,7 @@ def check_model(path_or_id: str, revision: str | None, what: str, needs_weights:
         names = _hub_model(path_or_id, revision, what).files
         if needs_weights and not any(name.endswith(".safetensors") for name in names):
             raise ConfigError(f"{what}.model '{path_or_id}' has no safetensors weights on the hub{_found(names)}")
-    config = _read_config(path_or_id, revision, what)
+    config = read_config(path_or_id, revision, what)
     _check_decoder_only(config, path_or_id, what)
     if what == "student" and getattr(config, "quantization_config", None):
         raise ConfigError(f"student.model '{path_or_id}' is quantised and cannot be trained; use the full weights")
@@ -200,7 +200,8 @@ def _found(names: list[str]) -> str:
     return f" (found {', '.join(listed[:3])}{', ...' if len(listed) > 3 else ''})" if listed else " (it is empty)"
 
 
-def _read_config(path_or_id: str, revision: str | None, what: str) -> PreTrainedConfig:
+def read_config(path_or_id: str, revision: str | None, what: str) -> PreTrainedConfig:
+    """The config of a model. Raises ConfigError for one that transformers cannot use without the model's own code."""
     try:
         return AutoConfig.from_pretrained(local_folder(path_or_id), revision=revision, trust_remote_code=False)
     # What transformers, and the validators under it, raise for bad JSON; an error of ours is of the copy of a URI.

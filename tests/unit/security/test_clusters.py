@@ -10,6 +10,7 @@ import ray
 from ray_kd import cli, cluster
 from ray_kd.config import RunConfig
 from ray_kd.errors import ConfigError
+from tests.tiny import tiny_llama
 
 
 @pytest.fixture
@@ -133,10 +134,9 @@ def test_a_dashboard_or_a_client_s_address_is_no_cluster(joins, monkeypatch, whe
 
 def test_the_refusal_is_a_line_and_a_code(joins, tmp_path, capsys):
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
-    from tests.tiny import tiny_llama
-
     model = tiny_llama(tmp_path / "model")
-    settings = [f"run.dir={tmp_path}/run", f"data.source={{kind: jsonl, paths: [{tmp_path}/a.jsonl]}}", "data.format=text",
+    data = f"data.source={{kind: jsonl, paths: [{tmp_path}/a.jsonl]}}"
+    settings = [f"run.dir={tmp_path}/run", data, "data.format=text",
                 f"teacher.model={model}", f"student.model={model}", "cluster.address=10.1.2.3:6379"]  # fmt: skip
     (tmp_path / "empty.yaml").write_text("{}")
     assert cli.main("distill", [str(tmp_path / "empty.yaml"), *settings]) == ConfigError.exit_code

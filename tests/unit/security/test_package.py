@@ -30,7 +30,8 @@ def test_the_repository_as_it_is(tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    [".git/config", ".venv/bin/python", ".venv-vllm/x", "runs/mine/driver.log", "tests/unit/test_a.py", "k8s/base/x.yaml",
+    [".git/config", ".venv/bin/python", ".venv-vllm/x", "runs/mine/driver.log", "tests/unit/test_a.py",
+     "k8s/base/x.yaml",
      ".env", ".netrc", "models/teacher/model.safetensors", "data/train.jsonl", "README.md", "LICENSE", "Makefile",
      "ray_kd/__pycache__/a.pyc", "jobs/__pycache__/b.pyc", "a", ".mypy_cache/x.json", ".pre-commit-config.yaml",
      "docs/index.md", "id_rsa", "wandb/latest"],

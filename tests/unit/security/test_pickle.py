@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
 from safetensors.torch import load_file
 
 from ray_kd import checkpoint, cli, doctor, models, pipeline, run_folder

@@ -72,8 +72,10 @@ def test_a_module_runs_nothing_that_a_file_brings(path):
 @pytest.mark.parametrize(
     "source",
     [
-        "import pickle\npickle.load(file)", "from pickle import loads as read\nread(b'')", "import torch\ntorch.load(p)",
-        "import torch as t\nt.load(p, weights_only=False)", "import numpy as np\nnp.load(p)", "import yaml\nyaml.load(s)",
+        "import pickle\npickle.load(file)",
+        "from pickle import loads as read\nread(b'')", "import torch\ntorch.load(p)",
+        "import torch as t\nt.load(p, weights_only=False)",
+        "import numpy as np\nnp.load(p)", "import yaml\nyaml.load(s)",
         "from numpy import load\nload(p, allow_pickle=True)", "eval(text)", "subprocess.run(c, shell=True)",
         "from transformers import AutoModel\nAutoModel.from_pretrained(p)",
         "AutoConfig.from_pretrained(p, trust_remote_code=trust)", "datasets.load_dataset(p, trust_remote_code=True)",
