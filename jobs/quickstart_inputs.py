@@ -54,9 +54,10 @@ def convert_teacher(out_dir: Path) -> bool:
     logging.disable_progress_bar()
     # Without dequantize the model is tagged as quantised and cannot be saved.
     model = AutoModelForCausalLM.from_pretrained(
-        source.parent, gguf_file=source.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
-    )
-    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+        source.parent, gguf_file=source.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16,
+        trust_remote_code=False,
+    )  # fmt: skip
+    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name, trust_remote_code=False)
     with atomic_folder(out_dir) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

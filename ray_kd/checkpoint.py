@@ -61,8 +61,7 @@ def begin(root: Path, step: int, rank: int = 0) -> Path:
         return tmp
     tmp = root / f"{_TMP}{_folder_name(step)}"
     if rank == 0:
-        if tmp.exists():
-            shutil.rmtree(tmp)
+        storage.remove(tmp)
         tmp.mkdir(parents=True)
     return tmp
 
@@ -233,8 +232,14 @@ def read_state(folder: Path) -> dict[str, Any]:
     with _unreadable_is_corrupt(path):
         if _record(path) != record:
             raise CorruptCheckpoint(f"{path}: sha256 differs from {MANIFEST}")
-        document: dict[str, Any] = json.loads(path.read_bytes())
-    _check_version(path, document["schema_version"])
+        content = path.read_bytes()
+    try:
+        document: dict[str, Any] = json.loads(content)
+        _check_version(path, document["schema_version"])
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise CorruptCheckpoint(f"{path}: cannot be read ({type(error).__name__})") from error
     return document
 
 
@@ -303,15 +308,16 @@ def _discard(folder: Path) -> None:
         return
     # Renamed first: a kill inside rmtree must leave an orphan for `sweep`, not a checkpoint with a hole.
     doomed = folder.with_name(f"{_TMP}delete-{folder.name}")
-    if doomed.exists():
-        shutil.rmtree(doomed)
+    storage.remove(doomed)
     folder.rename(doomed)
-    shutil.rmtree(doomed)
+    storage.remove(doomed)
 
 
 def _read_manifest(folder: Path) -> Hashes:
     """The manifest's records, after checking that it can be read, is this version, and belongs to this folder."""
     path = folder / MANIFEST
+    if not storage.is_remote(folder) and (link := next((p for p in (folder, path) if p.is_symlink()), None)):
+        raise CorruptCheckpoint(f"{link}: is a link")
     try:
         with _unreadable_is_corrupt(path):
             document = json.loads(storage.read_text(path))
@@ -322,6 +328,8 @@ def _read_manifest(folder: Path) -> Hashes:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CorruptCheckpoint(f"{path}: cannot be read ({type(error).__name__}: {error})") from error
     _check_version(path, version)
+    if (outside := next((name for name in records if not storage.is_inside(name)), None)) is not None:
+        raise CorruptCheckpoint(f"{path}: {outside!a} is no path inside the checkpoint")
     if _folder_name(step) != folder.name:
         raise CorruptCheckpoint(f"{path}: is of step {step}, not of {folder.name}")
     return records

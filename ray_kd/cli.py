@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from ray_kd import config as configuration
-from ray_kd import plugins, storage
+from ray_kd import plugins, redact, storage
 from ray_kd.errors import EXIT_BUG, EXIT_DONE, ConfigError, DataError, RayKDError, RetryableError, cause_of
 
 logger = logging.getLogger("ray_kd")
@@ -25,11 +25,12 @@ class Parser(argparse.ArgumentParser):
     """argparse with the exit code of a user's mistake."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(ConfigError.exit_code, f"error: {message} (--help lists what is allowed)\n")
+        self.exit(ConfigError.exit_code, f"error: {redact.redact(message)} (--help lists what is allowed)\n")
 
 
 def main(job: str, argv: Sequence[str] | None = None) -> int:
     """Run a job by name and return its exit code. Raises only argparse's SystemExit, for --help and wrong options."""
+    os.umask(os.umask(0o022) | 0o002)  # no file is for everyone to write, whatever the shell or the container says
     try:
         with storage.store_errors():
             return JOBS[job](sys.argv[1:] if argv is None else list(argv))
@@ -43,7 +44,7 @@ def main(job: str, argv: Sequence[str] | None = None) -> int:
         if (ours := cause_of(error)) is not None:
             return _fail(str(ours), ours.exit_code)
         if not any(isinstance(handler, _RunLog) for handler in logger.handlers):
-            traceback.print_exc()
+            print(redact.redact(traceback.format_exc()), end="", file=sys.stderr)
         return _fail(f"a bug, please report it: {_one_line(error)}", EXIT_BUG)
     finally:
         _end_logging()
@@ -286,7 +287,7 @@ def _start_logging(config: configuration.RunConfig) -> None:
     to_terminal.setLevel(logging.INFO)
     to_terminal.setFormatter(_Terse())
     to_file = _RunLog(folder / run_folder.LOG)
-    to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    to_file.setFormatter(_Full("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logger.setLevel(logging.DEBUG)
     logger.propagate = False
     _end_logging()
@@ -324,16 +325,21 @@ class _RunLog(logging.StreamHandler[storage.GrowingFile]):
 class _Terse(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         prefix = "warning: " if record.levelno == logging.WARNING else ""
-        return prefix + record.getMessage()
+        return redact.redact(prefix + record.getMessage())
+
+
+class _Full(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return redact.redact(super().format(record))
 
 
 def _fail(message: str, exit_code: int) -> int:
-    line = " ".join(message.split())
+    line = redact.redact(" ".join(message.split()))
     logger.debug("exit code %d: %s", exit_code, line)
     print(f"error: {line}", file=sys.stderr)
     return exit_code
 
 
 def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
+    text = redact.redact(" ".join(str(error).split()))  # before it is cut: half a secret is not found
     return f"{type(error).__name__}: {text[:300]}"

@@ -5,6 +5,7 @@ ever for the CPU that its repartition takes. Threads come from physical cores in
 against the nodes there are (layout.py).
 """
 
+import ipaddress
 import logging
 import os
 import secrets
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ray_kd import storage
+from ray_kd import redact, storage
 from ray_kd.config import Pool, RunConfig, Teacher, each_teacher, worker_range
 from ray_kd.errors import ConfigError, RetryableError
 from ray_kd.layout import READ_CPUS, REPARTITION_CPUS, Layout, Node, cautions, find_problem
@@ -98,9 +99,53 @@ def address(config: RunConfig) -> str | None:
     given = config.cluster.address or os.environ.get("RAY_ADDRESS")
     if given in (None, "", "local"):
         return None
-    if given.startswith("ray://"):
-        raise ConfigError(f"cluster.address is '{given}': allowed is auto or host:port, from a node of the cluster")
+    if "://" in given:
+        hint = "; to a dashboard jobs go by `ray job submit --address`" if given.startswith("http") else ""
+        raise ConfigError(
+            f"cluster.address (or RAY_ADDRESS) is '{redact.redact(given)}': allowed is auto or host:port, from a node "
+            f"of the cluster{hint}"
+        )
     return given
+
+
+def check_token(config: RunConfig) -> None:
+    """Refuse a dashboard, and a cluster on another machine, that ask for no token: who reaches them runs code there.
+
+    Ray turns the token on for a local Ray, unless RAY_AUTH_MODE says otherwise; for a cluster that is joined by its
+    address it wants RAY_AUTH_MODE=token. Looks up a host's name. Raises ConfigError; not with `cluster.insecure`.
+    """
+    where, mode = address(config), os.environ.get("RAY_AUTH_MODE")
+    if config.cluster.insecure or (mode or "").lower() == "token":
+        return
+    if where is None and config.cluster.dashboard and mode is not None:
+        raise ConfigError(
+            f"cluster.dashboard=true would open a dashboard without a token, since RAY_AUTH_MODE is '{mode}': unset it "
+            "(or set it to token), or set cluster.insecure=true"
+        )
+    if where not in (None, "auto"):
+        _refuse_clear_text(where)
+
+
+def _refuse_clear_text(where: str) -> None:
+    host = where.rpartition(":")[0].strip("[]")
+    if not _is_here(host):
+        raise ConfigError(
+            f"the Ray cluster at '{where}' is on another machine and would be joined without a token: set "
+            "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) where its nodes have them too, or set "
+            "cluster.insecure=true"
+        )
+
+
+def _is_here(host: str) -> bool:
+    """Whether a host is this machine: loopback, or one of its own addresses. True for a name nobody knows."""
+    import psutil
+
+    try:
+        found = {str(info[4][0]) for info in socket.getaddrinfo(host, None)}
+    except OSError:
+        return True  # it cannot be joined, and `_check_reachable` says so
+    own = {known.address.split("%")[0] for cards in psutil.net_if_addrs().values() for known in cards}
+    return all(ipaddress.ip_address(one.split("%")[0]).is_loopback or one in own for one in found)
 
 
 def _check_reachable(where: str) -> None:
@@ -179,8 +224,9 @@ def connecting(config: RunConfig, *, trains: bool = True) -> Iterator[Callable[[
 
     Yields what waits until Ray is there. A local one takes seconds of which most are other processes': time to look at
     models and data. trains: whether the whole layout is needed; data preparation takes what there is.
-    Raises ConfigError when the cluster cannot be reached; waiting raises it for one that cannot be joined or never
-    holds the layout, and RetryableError for one that could but does not within `cluster.wait_s`.
+    Raises ConfigError when the cluster cannot be reached or would be joined without a token (`check_token`); waiting
+    raises it for one that cannot be joined or never holds the layout, and RetryableError for one that could but does
+    not within `cluster.wait_s`.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray Train's minute is too short for a pod that an autoscaler still has to start. A range of workers starts with
@@ -193,6 +239,7 @@ def connecting(config: RunConfig, *, trains: bool = True) -> Iterator[Callable[[
     import ray
 
     where = address(config)
+    check_token(config)
     if where is None:  # nobody preempts this machine: one process less, 3 CPU seconds
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         os.environ.setdefault("RAY_WARN_BLOCKING_GET_INSIDE_ASYNC", "0")  # as Ray Train sets it for its controller
@@ -239,6 +286,7 @@ def connecting(config: RunConfig, *, trains: bool = True) -> Iterator[Callable[[
 
 def _begin(config: RunConfig, where: str | None) -> None:
     import ray
+    from ray._private.authentication.authentication_utils import is_token_auth_enabled
 
     try:
         if where is None:
@@ -246,6 +294,7 @@ def _begin(config: RunConfig, where: str | None) -> None:
                 address="local",
                 num_cpus=-int(-Demand.of(config).num_cpus // 1),
                 include_dashboard=bool(config.cluster.dashboard),
+                dashboard_host="127.0.0.1",
                 log_to_driver=False,
                 logging_level=logging.ERROR,
             )
@@ -253,6 +302,8 @@ def _begin(config: RunConfig, where: str | None) -> None:
             context = ray.init(address=where, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError) as error:
         raise ConfigError(f"cannot join the Ray cluster '{where}': {str(error).splitlines()[0]}") from error
+    if where == "auto" and not (config.cluster.insecure or is_token_auth_enabled()):
+        _refuse_clear_text(ray.get_runtime_context().gcs_address)
     if context.dashboard_url:
         logger.info("Ray dashboard: http://%s", context.dashboard_url)
 

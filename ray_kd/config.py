@@ -16,7 +16,7 @@ from typing import Any
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
-from ray_kd import plugins, storage
+from ray_kd import plugins, redact, storage
 from ray_kd.errors import ConfigError
 
 STRICT, SHARED = "strict", "shared"
@@ -273,7 +273,9 @@ class Cluster:
     address: str | None = None
     """Ray cluster to join (auto or host:port). Default: RAY_ADDRESS, else a new local Ray."""
     dashboard: bool | None = None
-    """Start the dashboard with a new local Ray. Default: false."""
+    """Start the dashboard with a new local Ray, on 127.0.0.1 and with Ray's token. Default: false."""
+    insecure: bool = False
+    """Allow that dashboard, and a cluster on another machine, without a token (RAY_AUTH_MODE)."""
     wait_s: float = 60.0
     """How long to wait for an existing cluster to have the nodes that the layout needs. After it: exit code 75 where
     an autoscaler or a lost node may bring them, else 64."""
@@ -302,19 +304,25 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
 
     Relative paths are against the current directory: the processes of a run each have a directory of their own.
     Raises ConfigError (one line) for a missing or malformed file, an unknown key (with the nearest one),
-    a value of the wrong type and a required key that is missing.
+    a value of the wrong type, a required key that is missing, and a credential.
     """
     merged = OmegaConf.structured(RunConfig)
     if path is not None:
-        merged = _merge(merged, _read_yaml(Path(path) if isinstance(path, str) else path), where=str(path))
+        content = _read_yaml(Path(path) if isinstance(path, str) else path)
+        _refuse_credentials(content)
+        merged = _merge(merged, content, where=str(path))
     for override in overrides:
         if "=" not in override:
-            raise ConfigError(f"override '{override}' is not key=value (for example train.max_steps=50)")
+            shown = redact.redact(override)
+            raise ConfigError(f"override '{shown}' is not key=value (for example train.max_steps=50)")
         try:
             parsed = OmegaConf.from_dotlist([override])
         except Exception as error:  # a YAML scanner error of whatever the user typed
-            raise ConfigError(f"override '{override}' cannot be read: {str(error).splitlines()[0]}") from error
+            raise ConfigError(
+                f"override '{redact.redact(override)}' cannot be read: {str(error).splitlines()[0]}"
+            ) from error
         assert isinstance(parsed, DictConfig)
+        _refuse_credentials(parsed)
         for key in (*plugins.GROUPS, "loss.temperature"):
             _make_way(merged, parsed, key, override)
         where = f"override '{override}'"
@@ -334,6 +342,7 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
     except OmegaConfBaseException as error:
         raise ConfigError(str(error).splitlines()[0]) from error
     assert isinstance(config, RunConfig)
+    _refuse_credentials(OmegaConf.structured(config), resolve=True)  # what ${oc.env:...} stands for
     _settle_loss(config.loss)
     _make_absolute(config)
     for place, one in enumerate(config.teachers):
@@ -376,6 +385,15 @@ def each_teacher(config: RunConfig) -> "list[tuple[OneOfTeachers | None, RunConf
         (one, replace(config, teachers=[], teacher=replace(config.teacher, **{n: getattr(one, n) for n in _OF_MODEL})))
         for one in config.teachers
     ]
+
+
+def _refuse_credentials(content: DictConfig, resolve: bool = False) -> None:
+    """Raise ConfigError for the first credential, naming its key and never the value."""
+    for key, why in redact.credentials(OmegaConf.to_container(content, resolve=resolve)):
+        raise ConfigError(
+            f"{key} {why}: credentials come from the environment (HF_TOKEN, AWS_SECRET_ACCESS_KEY, api_key_env, ...), "
+            "since a config is written to the run folder"
+        )
 
 
 def _settle_teachers(merged: DictConfig) -> None:
@@ -439,7 +457,7 @@ def to_yaml(config: RunConfig) -> str:
 def to_dict(config: RunConfig) -> dict[str, Any]:
     """The resolved config as plain containers, secrets masked."""
     plain = OmegaConf.to_container(OmegaConf.structured(config), resolve=True)
-    masked = _mask(plain)
+    masked = redact.mask(plain)
     assert isinstance(masked, dict)
     return masked
 
@@ -471,7 +489,8 @@ def _read_yaml(path: Path) -> DictConfig:
     try:
         content = OmegaConf.load(io.StringIO(storage.read_text(path)))
     except Exception as error:  # yaml raises several unrelated classes for a malformed file
-        raise ConfigError(f"config file '{path}' is not valid YAML: {' '.join(str(error).split())}") from error
+        reason = redact.redact(" ".join(str(error).split()))  # it quotes the line
+        raise ConfigError(f"config file '{path}' is not valid YAML: {reason}") from error
     if not isinstance(content, DictConfig):
         raise ConfigError(f"config file '{path}' must hold a mapping of sections, not a list")
     return content
@@ -582,12 +601,3 @@ def _known_keys() -> list[str]:
     leaves = [key for key, _ in describe()] + [f"teachers[].{name}" for name in _OF_MODEL]
     sections = {".".join(key.split(".")[:depth]) for key in leaves for depth in range(1, key.count(".") + 1)}
     return leaves + sorted(sections)
-
-
-_SECRET = re.compile(r"(^|_)(token|secret|password|api_key|access_key)$", re.IGNORECASE)
-
-
-def _mask(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: "***" if isinstance(v, str) and _SECRET.search(str(k)) else _mask(v) for k, v in value.items()}
-    return [_mask(item) for item in value] if isinstance(value, list) else value

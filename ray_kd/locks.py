@@ -62,7 +62,7 @@ def driver_lock(run_dir: Path, timeout_s: float = 120.0) -> Iterator[Held]:
                 raise _held(run_dir, held.lost_to)
             yield held
         return
-    with (run_dir / _DRIVER).open("a+") as lock:
+    with storage.open_own(run_dir / _DRIVER, "a+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -82,7 +82,7 @@ def writer_lock(run_dir: Path) -> Iterator[Held]:
         with _lease(run_dir / _WRITERS / uuid.uuid4().hex) as held:
             yield held
         return
-    with (run_dir / _WRITERS).open("a+") as lock:
+    with storage.open_own(run_dir / _WRITERS, "a+") as lock:
         fcntl.flock(lock, fcntl.LOCK_SH)
         yield Held()
 
@@ -112,7 +112,7 @@ def holders(run_dir: Path) -> list[str]:
 
 def _wait_for_writers(run_dir: Path, timeout_s: float) -> None:
     deadline = time.monotonic() + timeout_s
-    with (run_dir / _WRITERS).open("a+") as lock:
+    with storage.open_own(run_dir / _WRITERS, "a+") as lock:
         while True:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -8,7 +8,6 @@ import hashlib
 import json
 import logging
 import math
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -187,7 +186,7 @@ def _sweep(run_dir: Path) -> None:
     if not storage.is_remote(run_dir):  # a store shows nothing before it is whole
         for path in storage.children(run_dir):
             if run_folder.is_draft(path.name):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                storage.remove(path) if path.is_dir() else path.unlink()
 
 
 def _content(config: RunConfig, plan: "Plan") -> dict[str, str]:

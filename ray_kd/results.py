@@ -57,8 +57,6 @@ def export(
     when the model it began as is another one now.
     Host memory: one shard of 4 GB; with frozen parts the model in float32 as well.
     """
-    from transformers import AutoConfig
-
     from ray_kd import models
     from ray_kd.export import write_final
     from ray_kd.trainer.fragments import read_parameters
@@ -79,9 +77,7 @@ def export(
         write_final(
             draft,
             parameters,
-            config=AutoConfig.from_pretrained(
-                models.local_folder(student_path), revision=config.student.revision, trust_remote_code=False
-            ),
+            config=models.read_config(student_path, config.student.revision, "student"),
             tokenizer_path=student_path,
             revision=config.student.revision,
             dtype=dtype or config.student.dtype,

@@ -10,14 +10,14 @@ metrics.jsonl, quarantine.jsonl, eval_before.json, checkpoints/, final/, summary
 """
 
 import json
-import os
+import secrets
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from ray_kd import config as configuration
-from ray_kd import storage
+from ray_kd import redact, storage
 from ray_kd.config import STRICT, OneOfTeachers, RunConfig, StudentInit, each_teacher
 from ray_kd.errors import ConfigError
 from ray_kd.payloads import HIDDEN_STATES
@@ -76,7 +76,7 @@ def create(folder: Path) -> None:
     """Make the folder and prove it can be written. Raises ConfigError when it cannot."""
     with storage.refused_if_unwritable(folder, "run.dir"):
         storage.make_folder(folder)
-        probe = folder / f".probe-{os.getpid()}"
+        probe = folder / f".probe-{secrets.token_hex(8)}"  # a name that nobody can have put a link at
         probe.write_text("")
         probe.unlink()
 
@@ -129,7 +129,8 @@ def engine_identity(config: RunConfig, with_address: bool = False) -> dict[str, 
     engine = config.teacher.engine
     options: dict[str, Any] = {"kind": engine} if isinstance(engine, str) else dict(engine)
     free = _FREE_OPTIONS.get(str(options.get("kind")), set()) - ({"url"} if with_address else set())
-    return {name: value for name, value in options.items() if name not in free}
+    masked: dict[str, Any] = redact.mask(options)
+    return {name: value for name, value in masked.items() if name not in free}
 
 
 def check_identity(folder: Path, config: RunConfig) -> None:

@@ -31,6 +31,7 @@ from typing import IO, Any, cast
 from upath import UPath
 
 from ray_kd.errors import ConfigError, RayKDError, RetryableError, StorageFull
+from ray_kd.redact import redact
 
 SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss", "az")
 """Stores whose puts are whole and seen by all at once. Their clients: s3fs, gcsfs, adlfs."""
@@ -89,7 +90,7 @@ def store_errors() -> Iterator[None]:
     except RayKDError:
         raise
     except Exception as error:
-        line = " ".join(str(error).split()) or type(error).__name__
+        line = redact(" ".join(str(error).split())) or type(error).__name__
         if is_full(error):
             raise StorageFull(f"{line[:300]}: the same command goes on when there is space") from error
         if not is_store_error(error):
@@ -144,6 +145,11 @@ def for_arrow(location: Path) -> tuple[str, Any]:
 
     fs, name = filesystem(location)
     return name, PyFileSystem(FSSpecHandler(fs))
+
+
+def is_inside(name: str) -> bool:
+    """Whether a name out of a manifest or a listing, POSIX, is of something inside the folder that it is joined to."""
+    return name.isprintable() and "\\" not in name and not {"", ".", ".."} & set(name.split("/"))
 
 
 def make_folder(folder: Path) -> None:
@@ -229,6 +235,14 @@ def read_ranges(ranges: Sequence[tuple[Path, int, int]]) -> list[bytes]:
     return [bytes(part) for part in fs.cat_ranges(list(names), list(starts), list(stops), on_error="raise")]
 
 
+def open_own(target: Path, mode: str, encoding: str | None = None) -> IO[Any]:
+    """Open a file on a disk for writing, but not through a link (ConfigError), which may lead anywhere."""
+    if target.is_symlink():
+        raise ConfigError(f"'{target}' is a link: nothing is written through it, remove it")
+    # The link may come between the look and this.
+    return open(target, mode, encoding=encoding, opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666))
+
+
 def append_text(target: Path, text: str) -> None:
     """Add whole lines to a small file that is written seldom; in a store, by one process at a time.
 
@@ -238,7 +252,7 @@ def append_text(target: Path, text: str) -> None:
     if is_remote(target):
         target.write_text("".join(read_lines(target)) + text, encoding="utf-8")
         return
-    with target.open("a+b") as file:
+    with open_own(target, "a+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)
         content = file.read()
@@ -249,14 +263,21 @@ def append_text(target: Path, text: str) -> None:
 
 
 def sizes(folder: Path) -> dict[str, int]:
-    """Path inside a remote folder (POSIX) -> bytes, of all files below it."""
+    """Path inside a remote folder (POSIX) -> bytes, of all files below it.
+
+    Raises ConfigError for a key that would be a path out of the folder, were it copied or moved: keys are any text.
+    """
     fs, root = filesystem(folder)
     try:
         found: dict[str, dict[str, Any]] = fs.find(root, detail=True)
     except FileNotFoundError:
         return {}
     prefix = f"{root}/"
-    return {name.removeprefix(prefix): int(info["size"]) for name, info in found.items() if name.startswith(prefix)}
+    inside = {name.removeprefix(prefix): int(info["size"]) for name, info in found.items() if name.startswith(prefix)}
+    for name in inside:
+        if not is_inside(name):
+            raise ConfigError(f"'{folder}' has a file named {name!a}, which is no path inside of it: remove it")
+    return inside
 
 
 def children(folder: Path) -> list[Path]:
@@ -273,9 +294,14 @@ def children(folder: Path) -> list[Path]:
 
 
 def remove(folder: Path, first: str | None = None) -> None:
-    """Delete a folder, if it is there. first: the file that makes a remote one count, deleted before the others."""
+    """Delete a folder, if it is there; of a link the link alone.
+
+    first: the file that makes a remote one count, deleted before the others.
+    """
     if not is_remote(folder):
-        if folder.exists():
+        if folder.is_symlink():
+            folder.unlink()
+        elif folder.exists():
             shutil.rmtree(folder)
         return
     fs, root = filesystem(folder)
@@ -397,6 +423,8 @@ def scratch(name: str) -> Path:
     seen = top.lstat()
     if seen.st_uid != os.getuid() or not stat.S_ISDIR(seen.st_mode):
         raise ConfigError(f"'{top}' is not a folder of this user: set TMPDIR to one of your own")
+    if stat.S_IMODE(seen.st_mode) & 0o077:
+        raise ConfigError(f"'{top}' is open to other users (mode {stat.S_IMODE(seen.st_mode):o}): chmod it to 700")
     folder = top / hashlib.sha256(name.encode()).hexdigest()[:16]
     try:
         folder.mkdir()
@@ -442,7 +470,7 @@ class GrowingFile:
         self._pool: ThreadPoolExecutor | None = None
         self.nbytes = 0
         if not self.is_remote:
-            self._file: IO[str] = target.open("a", encoding="utf-8")
+            self._file: IO[str] = open_own(target, "a", encoding="utf-8")
             return
         self._pool = ThreadPoolExecutor(max_workers=1)
         self._file = tempfile.NamedTemporaryFile("w", encoding="utf-8")  # noqa: SIM115 (closed by close)

@@ -87,8 +87,11 @@ class Manifest:
             content: dict[str, Any] = json.loads(text)
             for key in ("files", "eval_files"):
                 content[key] = [PreparedFile(**entry) for entry in content[key]]
+                for file in content[key]:
+                    if not storage.is_inside(file.name) or "/" in file.name:
+                        raise ValueError(f"{file.name!a} is no name of a file in its folder")
             return cls(**content)
-        except (TypeError, KeyError) as error:
+        except (TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"not a manifest of prepared data: {error}") from error
 
     @classmethod
@@ -117,8 +120,13 @@ def is_intact(folder: str | Path, fingerprint: str) -> bool:
     if storage.is_remote(root):
         present = storage.sizes(root)
     else:
-        present = {name: (root / name).stat().st_size for name in wanted if (root / name).is_file()}
+        present = {name: (root / name).stat().st_size for name in wanted if _is_plain(root / name)}
     return manifest.fingerprint == fingerprint and all(present.get(name) == nbytes for name, nbytes in wanted.items())
+
+
+def _is_plain(path: Path) -> bool:
+    """A link is none: its bytes would lie elsewhere."""
+    return path.is_file() and not path.is_symlink()
 
 
 def report(manifest: Manifest) -> str:

@@ -226,6 +226,6 @@ def _warn(manifest: Manifest) -> None:
 def _join(parts: Iterable[Path], whole: Path) -> None:
     with storage.refused_if_unwritable(whole):
         storage.make_folder(whole.parent)
-        with whole.open("wb") as file:
+        with whole.open("wb") if storage.is_remote(whole) else storage.open_own(whole, "wb") as file:
             for part in parts:
                 file.write(part.read_bytes())

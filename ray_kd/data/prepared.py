@@ -116,7 +116,7 @@ class PreparedData:
         """Read every file and compare its sha256 with the manifest. Raises DataError naming the file."""
         for file in [*self.manifest.files, *self.manifest.eval_files]:
             path = self.folder / file.name
-            if not path.exists() or sha256_of(path) != file.sha256:
+            if not path.exists() or path.is_symlink() or sha256_of(path) != file.sha256:
                 raise DataError(f"prepared file '{path}' is not what its manifest says: remove '{self.folder}'")
 
     def _split_files(self, split: Split) -> list[PreparedFile]:
@@ -126,14 +126,22 @@ class PreparedData:
 
     def _group(self, name: str, index: int) -> pa.Table:
         def read() -> pa.Table:
-            opened = _remember(self._files, name, lambda: pq.ParquetFile(self._local(name)))
-            return opened.read_row_group(index)
+            try:
+                opened = _remember(self._files, name, lambda: pq.ParquetFile(self._local(name)))
+                return opened.read_row_group(index)
+            except pa.ArrowException as error:
+                reason = " ".join(str(error).split())[:200]
+                raise DataError(
+                    f"prepared file '{self.folder / name}' cannot be read ({reason}): remove '{self.folder}'"
+                ) from error
 
         return _remember(self._groups, (name, index), read)
 
     def _local(self, name: str) -> Path:
         """A file where it can be mapped; what comes from a store is compared with the manifest."""
         if not storage.is_remote(self.folder):
+            if (self.folder / name).is_symlink():
+                raise DataError(f"prepared file '{self.folder / name}' is a link: remove '{self.folder}'")
             return self.folder / name
         (file,) = (file for file in [*self.manifest.files, *self.manifest.eval_files] if file.name == name)
 

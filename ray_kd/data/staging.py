@@ -62,7 +62,7 @@ def commit(folder: Path, final: Path, is_whole: Callable[[Path], bool]) -> None:
     if final.exists() and not is_whole(final):
         broken = folder.with_name(f"{folder.name}.broken")
         os.rename(final, broken)
-        shutil.rmtree(broken)
+        storage.remove(broken)
     try:
         os.rename(folder, final)
     except OSError:

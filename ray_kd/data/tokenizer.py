@@ -52,7 +52,9 @@ def load_tokenizer(path: str, revision: str | None) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"tokenizer of '{path}' cannot be loaded: {str(error).splitlines()[0]}") from error
+        from ray_kd.models.folder import why_not
+
+        raise ConfigError(f"tokenizer of '{path}' cannot be loaded: {why_not(error)}") from error
     if not tokenizer.is_fast:
         raise ConfigError(f"tokenizer of '{path}' is not a fast one: save it with a tokenizer.json")
     return tokenizer

@@ -39,6 +39,11 @@ def read_lines(path: Path, keys: Collection[str]) -> Lines:
             lines.whole.append((text, document))
         else:
             lines.bad.append((number, text))
+    try:
+        rest.decode()
+    except UnicodeDecodeError:  # no line of ours that was being written: it would be ASCII
+        lines.bad.append((len(texts) + 1, rest))
+        lines.rest = b""
     return lines
 
 

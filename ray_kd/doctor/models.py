@@ -16,6 +16,8 @@ def problem_of_model(folder: Path) -> str | None:
             shards |= set(json.loads(storage.read_text(index))["weight_map"].values())
         if not shards:
             return "no safetensors"
+        if (outside := next((name for name in sorted(shards) if not storage.is_inside(name)), None)) is not None:
+            return f"{index.name} names {outside!a}, which is no path inside the folder"
         for name in sorted(shards):
             _check_safetensors(folder / name)
     except FileNotFoundError as error:

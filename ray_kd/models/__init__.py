@@ -33,6 +33,7 @@ from ray_kd.models.folder import (
     licence_of,
     local_folder,
     model_identity,
+    read_config,
 )
 from ray_kd.models.head_folder import HeadShape, head_shape, load_head, save_head
 from ray_kd.models.importance import Importance, width_importance
@@ -101,6 +102,7 @@ __all__ = [
     "model_identity",
     "num_token_ids",
     "quiet",
+    "read_config",
     "require_plain_head",
     "save_adapter",
     "save_head",

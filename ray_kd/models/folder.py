@@ -28,6 +28,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ray_kd import storage
 from ray_kd.errors import ConfigError
+from ray_kd.redact import redact
 
 _GENERATIVE = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 _SAMPLE_BYTES = 1 << 12
@@ -67,7 +68,7 @@ def check_model(path_or_id: str, revision: str | None, what: str, needs_weights:
         names = _hub_model(path_or_id, revision, what).files
         if needs_weights and not any(name.endswith(".safetensors") for name in names):
             raise ConfigError(f"{what}.model '{path_or_id}' has no safetensors weights on the hub{_found(names)}")
-    config = _read_config(path_or_id, revision, what)
+    config = read_config(path_or_id, revision, what)
     _check_decoder_only(config, path_or_id, what)
     if what == "student" and getattr(config, "quantization_config", None):
         raise ConfigError(f"student.model '{path_or_id}' is quantised and cannot be trained; use the full weights")
@@ -132,7 +133,7 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     for leftover in target.parent.glob(f".{target.name}.partial-*"):
         if time.time() - leftover.stat().st_mtime > _LEFTOVER_AGE_S:
-            shutil.rmtree(leftover)
+            storage.remove(leftover)
     partial = target.parent / f".{target.name}.partial-{secrets.token_hex(4)}"
     partial.mkdir()
     try:
@@ -142,7 +143,7 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
             old = target.parent / f".{target.name}.partial-old-{secrets.token_hex(4)}"
             os.rename(target, old)
             os.rename(partial, target)
-            shutil.rmtree(old)
+            storage.remove(old)
         else:
             os.rename(partial, target)
     except BaseException:
@@ -199,12 +200,13 @@ def _found(names: list[str]) -> str:
     return f" (found {', '.join(listed[:3])}{', ...' if len(listed) > 3 else ''})" if listed else " (it is empty)"
 
 
-def _read_config(path_or_id: str, revision: str | None, what: str) -> PreTrainedConfig:
+def read_config(path_or_id: str, revision: str | None, what: str) -> PreTrainedConfig:
+    """The config of a model. Raises ConfigError for one that transformers cannot use without the model's own code."""
     try:
         return AutoConfig.from_pretrained(local_folder(path_or_id), revision=revision, trust_remote_code=False)
     # What transformers, and the validators under it, raise for bad JSON; an error of ours is of the copy of a URI.
     except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
-        raise ConfigError(f"{what}.model '{path_or_id}': config.json cannot be used: {_line(error)}") from error
+        raise ConfigError(f"{what}.model '{path_or_id}': config.json cannot be used: {why_not(error)}") from error
 
 
 def _check_decoder_only(config: PreTrainedConfig, path_or_id: str, what: str) -> None:
@@ -245,6 +247,13 @@ def _hub_model(model_id: str, revision: str | None, what: str) -> _HubModel:
     return _HubModel(str(info.sha), [sibling.rfilename for sibling in info.siblings or []], info.tags or [])
 
 
+def why_not(error: BaseException) -> str:
+    """What transformers says of files that it cannot use, in one line; its advice to run their code is left out."""
+    if "trust_remote_code" in str(error):
+        return "it needs code of its own (auto_map), which is never run here; allowed are architectures of transformers"
+    return _line(error)
+
+
 def _line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = redact(" ".join(str(error).split())) or type(error).__name__
     return text if len(text) <= 200 else text[:197] + "..."

@@ -9,9 +9,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ray_kd import storage
+from ray_kd.errors import ConfigError
 from ray_kd.head import Head
 from ray_kd.models.folder import atomic_folder
 
@@ -50,8 +52,16 @@ def head_shape(folder: Path) -> HeadShape | None:
 
 
 def load_head(folder: str, device: torch.device | str = "cpu") -> Head:
-    """A saved head, from a path or a URI."""
+    """A saved head, from a path or a URI. Raises ConfigError for one that cannot be read, or is a link."""
     local = storage.fetch(folder, marker=DESCRIPTION)
+    weights = local / WEIGHTS
+    if weights.is_symlink():
+        raise ConfigError(f"'{weights}' is a link: remove '{folder}', and the next start saves the head again")
     about = json.loads((local / DESCRIPTION).read_text(encoding="utf-8"))
-    tensors = load_file(local / WEIGHTS, device=str(device))
+    try:
+        tensors = load_file(weights, device=str(device))
+    except SafetensorError as error:
+        raise ConfigError(
+            f"'{weights}' is no safetensors file ({error}): remove '{folder}', and the next start saves the head again"
+        ) from error
     return Head(tensors["weight"], tensors.get("bias"), about["softcap"], about["scale"])

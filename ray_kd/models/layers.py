@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from ray_kd.errors import ConfigError
 from ray_kd.models.decoder import base_causal_lm, decoder_hidden, decoder_of
-from ray_kd.models.folder import atomic_folder, local_folder
+from ray_kd.models.folder import atomic_folder, read_config
 from ray_kd.models.load import load_causal_lm, load_tokenizer, quiet
 from ray_kd.models.rows import real_tokens
 from ray_kd.models.widths import Kept, config_values
@@ -104,7 +104,7 @@ def init_from_layers(
     for a bad list, and for an architecture whose layers cannot be taken apart this way. Costs the teacher's weights in
     host memory once.
     """
-    config = AutoConfig.from_pretrained(local_folder(teacher_path), revision=revision, trust_remote_code=False)
+    config = read_config(teacher_path, revision, "teacher")
     chosen = check_layers(layers, _num_layers(config))
     teacher = load_causal_lm(teacher_path, revision, dtype)
     prefix = _layers_prefix(teacher)

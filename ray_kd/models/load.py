@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -14,7 +15,7 @@ from transformers.utils import logging
 from ray_kd.config import SHARED, STRICT, Teacher
 from ray_kd.errors import ConfigError
 from ray_kd.models.decoder import base_causal_lm
-from ray_kd.models.folder import local_folder
+from ray_kd.models.folder import local_folder, why_not
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -62,10 +63,10 @@ def load_causal_lm(
                 output_loading_info=True,
                 device_map=device_map,
             )
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
             if isinstance(error, ConfigError):
                 raise
-            raise ConfigError(f"model '{path}' cannot be loaded: {' '.join(str(error).split())}") from error
+            raise ConfigError(f"model '{path}' cannot be loaded: {why_not(error)}") from error
     model, info = loaded
     wrong = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
     if wrong:
@@ -82,7 +83,7 @@ def load_tokenizer(path: str, revision: str | None = None) -> "PreTrainedTokeniz
         try:
             return AutoTokenizer.from_pretrained(local_folder(path), revision=revision, trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
-            raise ConfigError(f"model '{path}' has no usable tokenizer: {' '.join(str(error).split())}") from error
+            raise ConfigError(f"model '{path}' has no usable tokenizer: {why_not(error)}") from error
 
 
 def num_token_ids(tokenizer: "PreTrainedTokenizerBase") -> int:

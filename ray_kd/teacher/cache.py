@@ -386,6 +386,8 @@ class Cache:
 
     def _opened(self, name: str) -> pq.ParquetFile:
         if name not in self._open:
+            if (self.folder / name).is_symlink():
+                raise DataError("it is a link")
             file = pq.ParquetFile(self.folder / name, page_checksum_verification=True, pre_buffer=False)
             if not file.schema_arrow.equals(self._schema, check_metadata=True):
                 raise DataError("its columns, or whose answers it says it has, are not those of this cache")

@@ -46,7 +46,7 @@ def begin(run_dir: Path) -> str | None:
     folder = run_dir / FOLDER / attempt
     folder.mkdir(parents=True)
     for earlier in storage.children(run_dir / FOLDER):
-        if earlier.is_dir() and earlier != folder:
+        if earlier.is_dir() and not earlier.is_symlink() and earlier != folder:
             _carry_over(earlier, folder)
             shutil.rmtree(earlier)
     return attempt

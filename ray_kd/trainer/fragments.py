@@ -19,10 +19,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from ray_kd import storage
+from ray_kd.checkpoint import CorruptCheckpoint
 from ray_kd.errors import ConfigError
 
 FORMAT = 1
@@ -238,6 +240,13 @@ class _Piece(NamedTuple):
     key: str
 
 
+def _opened(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:  # the manifest is of this file: it was written so
+        raise CorruptCheckpoint(f"{path}: is no safetensors file ({error})") from error
+
+
 class _Source:
     """All fragments in a folder: where each stretch of each parameter lies, read lazily.
 
@@ -248,7 +257,7 @@ class _Source:
     def __init__(self, folder: Path, records: list[dict[str, Any]]) -> None:
         self._pieces: dict[tuple[str, str], list[_Piece]] = defaultdict(list)
         for path in [folder / file for record in records for file in record["files"]]:
-            with safe_open(path, framework="pt") as file:
+            with _opened(path) as file:
                 for key in file.keys():  # noqa: SIM118 (not a mapping)
                     name, kind, start = key.rsplit("|", 2)
                     length = file.get_slice(key).get_shape()[0]
@@ -350,6 +359,9 @@ def _read_records(folder: Path) -> list[dict[str, Any]]:
     records = [json.loads(path.read_bytes()) for path in paths]
     if not records:
         raise ConfigError(f"{folder}: no rank*.json, not a training checkpoint")
+    for name in (name for record in records for name in record["files"]):
+        if not storage.is_inside(name):
+            raise ConfigError(f"{folder}: {name!a} is no path inside the checkpoint")
     first = records[0]
     if first["format"] != FORMAT:
         raise ConfigError(f"{folder}: fragment format {first['format']}, this code reads {FORMAT}")

@@ -11,7 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+
+from ray_kd.checkpoint import CorruptCheckpoint
 
 
 def rng_state() -> dict[str, torch.Tensor]:
@@ -60,7 +63,11 @@ def load_rng(folder: Path, rank: int) -> bool:
     path = folder / _file_name(rank)
     if not path.exists():
         return False
-    set_rng_state(load_file(path))
+    try:
+        state = load_file(path)
+    except SafetensorError as error:
+        raise CorruptCheckpoint(f"{path}: is no safetensors file ({error})") from error
+    set_rng_state(state)
     return True
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 LAYERS = (
-    {"errors", "plugins", "config", "schedules", "schema", "payloads", "storage"},
+    {"errors", "plugins", "config", "schedules", "schema", "payloads", "redact", "storage"},
     {"head"},
     {"losses", "models", "checkpoint", "metrics", "locks", "refusal"},
     {"data", "teacher", "trainer", "eval", "export"},

@@ -148,6 +148,7 @@ FREE = [
     "eval.max_new_tokens=4",
     "cluster.address=auto",
     "cluster.dashboard=true",
+    "cluster.insecure=true",
     "cluster.wait_s=1",
 ]
 
