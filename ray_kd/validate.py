@@ -152,14 +152,18 @@ def _check_trackers(config: RunConfig) -> None:
         kind = plugins.kind_of(value)
         _require(kind not in kinds, key, kind, "each tracker once")
         kinds.append(kind)
+        missing = [name for name in ("Tracker", "PACKAGE", "writes_to_disk") if not hasattr(module, name)]
+        if missing:
+            raise ConfigError(f"{key}: kind '{kind}' is no tracker: the module has no {missing[0]}")
         if importlib.util.find_spec(module.PACKAGE) is None:
             raise ConfigError(
-                f"{key} is '{kind}' and {module.PACKAGE} is not installed here: pip install '.[trackers]', or leave it out"
+                f"{key} is '{kind}' and {module.PACKAGE} is not installed here: pip install '.[trackers]', "
+                "or leave it out"
             )
         if module.writes_to_disk(options) and storage.is_remote(storage.path(config.run.dir, "run.dir")):
             raise ConfigError(
-                f"{key} '{kind}' writes to a disk and run.dir is '{config.run.dir}': say where with an option of its own "
-                "(--help lists them), or leave it out"
+                f"{key} '{kind}' writes to a disk and run.dir is '{config.run.dir}': say where with an option of its "
+                "own (--help lists them), or leave it out"
             )
 
 

@@ -1,7 +1,7 @@
 """Experiment trackers: what metrics.jsonl gets, rank 0 sends to them as well. A file here is a kind of `run.trackers`.
 
-A file holds a `Config`, `PACKAGE` (what must be installed), `writes_to_disk(config)` (whether what it writes lies in the
-run folder, which then must be on a disk) and a class `Tracker` (`Tracker` below says which methods).
+A file holds a `Config`, `PACKAGE` (what must be installed), `writes_to_disk(config)` (whether it writes into the run
+folder, which then must be on a disk) and a class `Tracker`, with the methods of the one below.
 
 After a restart a tracker holds what metrics.jsonl holds: nothing of a step after the checkpoint, nothing twice, and the
 lines that a kill took from it. Each has a thread of its own, for a server that hangs and a package that loads for

@@ -32,7 +32,8 @@ class Config:
     def __post_init__(self) -> None:
         if self.uri is not None and not re.match(r"/|\w+:/|databricks", self.uri):
             raise ConfigError(
-                f"run.trackers: the uri of mlflow is '{self.uri}': allowed is https://..., sqlite:///... or a whole path"
+                f"run.trackers: the uri of mlflow is '{self.uri}': allowed is https://..., sqlite:///... or an "
+                "absolute path"
             )
 
 

@@ -32,15 +32,13 @@ class Tracker:
 
         folder = Path(options.dir).expanduser() if options.dir else start.run_dir / "tensorboard"
         self.last_step = start.last_step if any(folder.glob("events.out.tfevents.*")) else 0
-        self._writer = SummaryWriter(  # type: ignore[no-untyped-call]
-            str(folder), purge_step=self.last_step + 1, flush_secs=options.flush_s
-        )
+        self._writer = SummaryWriter(str(folder), purge_step=self.last_step + 1, flush_secs=options.flush_s)
         if not self.last_step:
-            self._writer.add_text("config", f"```yaml\n{start.config_yaml}```")  # type: ignore[no-untyped-call]
+            self._writer.add_text("config", f"```yaml\n{start.config_yaml}```")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         for name, value in metrics.items():
-            self._writer.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
+            self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        self._writer.close()  # type: ignore[no-untyped-call]
+        self._writer.close()

@@ -62,8 +62,10 @@ class Tracker:
             project=options.project, entity=options.entity, name=start.run_dir.name, id=run_id, dir=str(folder),
             mode="online" if is_online else "offline", resume="allow" if is_online else None,
             config=yaml.safe_load(start.config_yaml),
-            # Of the machine and its code nothing is kept, and nothing printed: the worker has a log of its own.
-            settings=wandb.Settings(silent=True, console="off", disable_git=True, save_code=False, x_disable_stats=True),
+            # Nothing of the machine and its code is kept, and nothing printed: the worker has a log of its own.
+            settings=wandb.Settings(
+                silent=True, console="off", disable_git=True, save_code=False, x_disable_stats=True
+            ),
         )  # fmt: skip
         self.last_step = min(start.last_step, self._run.step - 1) if is_online and self._run.resumed else 0
 

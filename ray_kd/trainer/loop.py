@@ -20,7 +20,7 @@ from ray_kd.errors import ConfigError
 from ray_kd.locks import Held, writer_lock
 from ray_kd.payloads import HIDDEN_STATES
 from ray_kd.trainer.feed import Expected, Feed
-from ray_kd.trainer.recorder import METRICS, Recorder
+from ray_kd.trainer.recorder import Recorder
 from ray_kd.trainer.schedule import learning_rate
 
 if TYPE_CHECKING:

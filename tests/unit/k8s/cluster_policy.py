@@ -255,7 +255,8 @@ def monitors_find_the_pods(objects: list[Object]) -> Iterator[str]:
 
 
 def alerts_are_whole(objects: list[Object]) -> Iterator[str]:
-    """A PrometheusRule, whose definition is not at hand: alerts of one name each, that say how bad it is and what to do.
+    """A PrometheusRule, whose definition is not at hand: alerts of one name each, that say how bad it is and what
+    to do.
 
     Of metrics that are exported; what they find is tested by promtool.
     """

@@ -76,7 +76,10 @@ def test_the_dashboard_belongs_to_no_grafana_and_has_its_rows():
     variables = {item["name"]: item for item in DASHBOARD["templating"]["list"]}
     assert {name: item["type"] for name, item in variables.items()} == {"datasource": "datasource", "run": "query"}
     sources = [item["datasource"] for panel in PANELS for item in (panel, *panel["targets"])]
-    assert all(source == {"type": "prometheus", "uid": "${datasource}"} for source in (*sources, variables["run"]["datasource"]))
+    assert all(
+        source == {"type": "prometheus", "uid": "${datasource}"}
+        for source in (*sources, variables["run"]["datasource"])
+    )
     assert "ray_raykd_train_step" in variables["run"]["definition"]
     rows = [panel["title"] for panel in DASHBOARD["panels"] if panel["type"] == "row"]
     assert rows == ["Is it healthy", "Loss", "Throughput and balance", "Wire and queue", "Teachers",
@@ -131,7 +134,12 @@ def test_promtool_reads_every_query_of_the_dashboard(promtool, tmp_path):
 def test_each_alert_fires_when_it_should_and_not_else(promtool, rules_file, tmp_path):
     cases = yaml.safe_load(CASES.read_text())
     fires, is_quiet = (
-        {case["alertname"] for test in cases["tests"] for case in test["alert_rule_test"] if bool(case["exp_alerts"]) == is_on}
+        {
+            case["alertname"]
+            for test in cases["tests"]
+            for case in test["alert_rule_test"]
+            if bool(case["exp_alerts"]) == is_on
+        }
         for is_on in (True, False)
     )
     assert fires == is_quiet == set(ALERTS)
