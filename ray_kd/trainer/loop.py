@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from ray_kd.trainer.step import StepResult
 
 EVAL_BEFORE = "eval_before.json"
+METRICS = "metrics.jsonl"
 QUARANTINE = "quarantine.jsonl"
 STOP_FLAG = ".stop"
 RESIZE_FLAG = ".resize"
@@ -122,7 +123,7 @@ def _train(spec: TrainSpec, feed: Feed, held: Held, rank: int, world: int) -> No
     schedules = Schedules.of(parse_terms(spec.loss.terms), spec.loss.temperature)
     notice = Notice()
     metrics: dict[str, Any] = {}
-    with Recorder(spec, first_step, rank, world) as recorder:
+    with Recorder(spec, run_dir / METRICS, first_step, rank, world) as recorder:
         saver = Saver(
             run_dir / CHECKPOINTS, engine, options, spec.config_yaml, held, saved_step=first_step - 1,
             on_commit=recorder.committed,

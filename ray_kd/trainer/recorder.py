@@ -4,6 +4,7 @@ The line is written first; what a tracker loses in a kill it is given again at t
 """
 
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray_kd import storage
@@ -15,8 +16,6 @@ from ray_kd.trackers import Start, Trackers
 if TYPE_CHECKING:
     from ray_kd.trainer.loop import TrainSpec
     from ray_kd.trainer.step import StepResult
-
-METRICS = "metrics.jsonl"
 
 _OF_STEP = {
     "step": "raykd_train_step",
@@ -43,11 +42,13 @@ _TERM, _LOSS = "train/", "_loss"
 class Recorder:
     """Does something on rank 0 alone.
 
-    first_step: of this start; what is there of it and of later ones is removed. world: number of workers.
+    path: of metrics.jsonl. first_step: of this start; what is there of it and of later ones is removed.
+    world: number of workers.
     """
 
     def __init__(
-        self, spec: "TrainSpec", first_step: int, rank: int, world: int, exporter: Exporter | None = None
+        self, spec: "TrainSpec", path: Path, first_step: int, rank: int, world: int,
+        exporter: Exporter | None = None,
     ) -> None:  # fmt: skip
         self._is_first = rank == 0
         self._tokens = 0
@@ -55,7 +56,6 @@ class Recorder:
         if not self._is_first:
             return
         run_dir = storage.path(spec.run_dir)
-        path = run_dir / METRICS
         self._logger = MetricLogger(path, last_step=first_step - 1)
         self._trackers = Trackers(
             spec.trackers, Start(run_dir, spec.config_yaml, first_step - 1), history=list(read_metrics(path))

@@ -57,7 +57,7 @@ def record(tmp_path, sent, tracked):
         exporter = Exporter(
             run_dir.name, send=lambda m, value, tags: sent.append((m.name, value, tags)), pool="student"
         )
-        return Recorder(spec, first_step, rank, world=2, exporter=exporter)
+        return Recorder(spec, run_dir / "metrics.jsonl", first_step, rank, world=2, exporter=exporter)
 
     return open_recorder
 
