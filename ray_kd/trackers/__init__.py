@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 GROUP = "trackers"
 
-_CLOSE_S = 60.0
+_CLOSE_S = 20.0
 _MOST_WAITING = 10_000
 
 
@@ -53,7 +53,7 @@ class Tracker(Protocol):
 
 
 class Trackers:
-    """All trackers of a run. Nothing here raises, nor waits for a tracker but `close`, for a minute at most."""
+    """All trackers of a run. Nothing here raises, nor waits for a tracker but `close`, for 20 seconds at most."""
 
     def __init__(self, kinds: Sequence[Any], start: Start, history: Sequence[Mapping[str, Any]]) -> None:
         """history: the lines up to start.last_step."""

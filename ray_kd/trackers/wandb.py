@@ -73,4 +73,7 @@ class Tracker:
         self._run.log(dict(metrics), step=step)
 
     def close(self) -> None:
+        import wandb
+
         self._run.finish()
+        wandb.teardown()  # ends its process, which may still write when `finish` returns
