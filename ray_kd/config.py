@@ -29,6 +29,8 @@ class Run:
     """Where everything of the run goes; the same dir resumes it. On storage that all nodes share."""
     seed: int = 0
     """Seeds the order of rows, the eval split, dropout and the draws of `teacher.selection: sample`."""
+    trackers: list[Any] = field(default_factory=list)
+    """Where metrics go beside metrics.jsonl: [tensorboard | mlflow | wandb, or {kind: ..., options}, ...]."""
 
 
 @dataclass
@@ -430,6 +432,9 @@ def _make_absolute(config: RunConfig) -> None:
         config.data.prepared_dir = _absolute(config.data.prepared_dir)
     if config.teacher.cache.path is not None:
         config.teacher.cache.path = _absolute(config.teacher.cache.path)
+    for tracker in config.run.trackers:
+        if isinstance(tracker, dict) and isinstance(tracker.get("dir"), str):
+            tracker["dir"] = _absolute(tracker["dir"])
     for source in (config.data.source, config.data.eval_source):
         if isinstance(source, dict) and isinstance(source.get("paths"), str | list):
             paths = source["paths"]

@@ -40,6 +40,7 @@ from ray_kd.layout import common_labels
 from ray_kd.locks import Held, Lost, driver_lock
 from ray_kd.payloads import FEATURES, HIDDEN_STATES, hidden_states, topk_logprobs
 from ray_kd.progress import Progress
+from ray_kd.ray_metrics import Exporter
 from ray_kd.teacher import deaths
 from ray_kd.teacher.cache import DISABLED, WRITE_THROUGH, Cache
 from ray_kd.teacher.engine import Request
@@ -458,6 +459,8 @@ def _stream(spec: _StreamSpec) -> "ray.data.Dataset":
     with storage.store_errors():
         newest = checkpoint.newest_verified(run_dir / CHECKPOINTS)
         start_slot = int(checkpoint.read_state(newest)["next_slot"]) if newest else 0
+        if (run_dir / run_folder.ATTEMPTS).exists():
+            Exporter(run_dir.name).send("raykd_worker_group_restarts_total", 1)
         _note_attempt(run_dir, start_slot)
     attempt = deaths.begin(run_dir)
 
@@ -475,13 +478,23 @@ def _stream(spec: _StreamSpec) -> "ray.data.Dataset":
     )  # fmt: skip
     for teacher in computing:
         rows = rows.map_batches(
-            TeacherStage,
+            _named_stage(teacher.part),
             fn_constructor_args=(teacher.engine, *_stage_arguments(spec, teacher), attempt),
             batch_size=spec.block_rows,
             batch_format="pyarrow",
             **cluster.actor_pool(teacher.pool),
         )
+    rows.set_name(run_dir.name)
     return rows
+
+
+def _named_stage(part: Part | None) -> type[TeacherStage]:
+    """The stage under the name that its operator and actors have in the dashboard: Ray takes it from the class.
+
+    A dot would be the end of a module there.
+    """
+    name = "Teacher" if part is None else f"Teacher {part.name.replace('.', '_')}"
+    return type(name, (TeacherStage,), {"__doc__": TeacherStage.__doc__})
 
 
 def _stage_arguments(spec: _StreamSpec, teacher: _Teacher) -> tuple[Any, ...]:
@@ -554,6 +567,7 @@ def _fit(
         student_identity=_frozen_identity(config.student, student_path),
         student=config.student,
         train=options,
+        trackers=config.run.trackers,
         loss_options=loss_options(config, payload.expected.temperature),
         loss=config.loss,
         make_features=objectives.features_of(config),

@@ -20,6 +20,7 @@ from ray_kd.errors import ConfigError
 _PACKAGE = Path(__file__).parent
 
 GROUPS = {
+    "run.trackers": "trackers",
     "data.source": "data.sources",
     "data.format": "data.formats",
     "teacher.engine": "teacher.engines",

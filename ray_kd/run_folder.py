@@ -6,6 +6,7 @@ attempts.jsonl   one line per start of the worker group (start slot)
 teacher/         journal of the teacher actors, one file each
 teacher_deaths/  what was asked of those that died
 teacher_head/    the head of a teacher that sends hidden states
+tensorboard/, mlflow/, wandb/, mlflow_run_id, wandb_run_id   of `run.trackers`
 metrics.jsonl, quarantine.jsonl, eval_before.json, checkpoints/, final/, summary.json, driver.log
 """
 

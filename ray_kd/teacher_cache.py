@@ -167,6 +167,7 @@ def fill(config: RunConfig, prepared: PreparedData, cache: Cache, part: Part | N
         batch_size=1,
         **cluster.actor_pool(teacher.pool),
     )
+    done.set_name("cache_teacher")  # in the dashboard
     start_s = reported_s = time.monotonic()
     try:
         for batch in done.iter_batches(batch_size=None, prefetch_batches=0):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ray_kd import cluster, objectives, plugins, schedules, storage
+from ray_kd import cluster, objectives, plugins, schedules, storage, trackers
 from ray_kd.config import (
     SHARED,
     STRICT,
@@ -93,6 +93,7 @@ def check_settings(config: RunConfig) -> None:
             _check_pool(alone.teacher)
     _check_combinations(config)
     _check_teachers(config)
+    _check_trackers(config)
 
 
 def _check_pool(teacher: Teacher) -> None:
@@ -140,6 +141,30 @@ def _check_teachers(config: RunConfig) -> None:
         _require(one.rows != [], f"{key}.rows", one.rows, "a list of values, or null for all rows")
         _require(one.rows is None or config.data.route_by is not None, f"{key}.rows", one.rows,
                  "null until data.route_by names the column")  # fmt: skip
+
+
+def _check_trackers(config: RunConfig) -> None:
+    """Each once, installed here, and with a disk where it writes to one."""
+    kinds: list[str] = []
+    for place, value in enumerate(config.run.trackers):
+        key = f"run.trackers[{place}]"
+        module, options = plugins.options(trackers.GROUP, value, key)
+        kind = plugins.kind_of(value)
+        _require(kind not in kinds, key, kind, "each tracker once")
+        kinds.append(kind)
+        missing = [name for name in ("Tracker", "PACKAGE", "writes_to_disk") if not hasattr(module, name)]
+        if missing:
+            raise ConfigError(f"{key}: kind '{kind}' is no tracker: the module has no {missing[0]}")
+        if importlib.util.find_spec(module.PACKAGE) is None:
+            raise ConfigError(
+                f"{key} is '{kind}' and {module.PACKAGE} is not installed here: pip install '.[trackers]', "
+                "or leave it out"
+            )
+        if module.writes_to_disk(options) and storage.is_remote(storage.path(config.run.dir, "run.dir")):
+            raise ConfigError(
+                f"{key} '{kind}' writes to a disk and run.dir is '{config.run.dir}': say where with an option of its "
+                "own (--help lists them), or leave it out"
+            )
 
 
 def validate(config: RunConfig) -> Models:

@@ -157,6 +157,7 @@ def _map(function: Callable[[Job], Result], jobs: Sequence[Job], num_blocks: int
     items = [{"index": index, "job": pickle.dumps(job)} for index, job in enumerate(jobs)]
     blocks_of_jobs = ray.data.from_items(items, override_num_blocks=min(blocks, len(items)))
     dataset = blocks_of_jobs.map(partial(_run_job, function), num_cpus=TASK_NUM_CPUS)
+    dataset.set_name("prepare")  # in the dashboard
     dataset.context.enable_progress_bars = sys.stderr.isatty()
     results = {row["index"]: pickle.loads(row["result"]) for row in dataset.iter_rows()}
     failed = [result for result in results.values() if isinstance(result, RayKDError)]

@@ -5,7 +5,8 @@ at an instant: whenever two blocks come free together a pool counts as overloade
 was far ahead of its student started a teacher every ten seconds and threw it away. Here the share of the time in which
 actors had work decides.
 
-A line is added to the run folder's `teacher_pool/` whenever a pool changes, and every few seconds. The names of the
+A line is added to the run folder's `teacher_pool/` whenever a pool changes, and every few seconds; Prometheus is told
+the same. The names of the
 executor's parts are private to Ray; integration tests run them.
 """
 
@@ -24,6 +25,7 @@ from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data._internal.execution.operators.actor_pool_map_operator import ActorPoolMapOperator
 
 from ray_kd import storage
+from ray_kd.ray_metrics import TEACHER, Exporter
 from ray_kd.teacher.journal import POOL_NOTE_S, POOLS, Journal
 
 if TYPE_CHECKING:
@@ -45,7 +47,7 @@ class Size:
     """How many actors a pool should have, from how many of them have work, looked at again and again."""
 
     def __init__(self, least: int, most: int) -> None:
-        self._least, self._most = least, most
+        self.least, self.most = least, most
         self.wanted = least
         self._busy = 0.0  # actors with work, averaged over the last seconds
         self._seen_at = self._changed_at = math.inf  # not yet
@@ -58,9 +60,9 @@ class Size:
         if running != self.wanted:
             self._changed_at = now  # one is loading its model still, or is finishing its block
         elif now >= self._changed_at + _SETTLED_S:
-            if queue and self._busy > _BUSY * running and self.wanted < self._most:
-                self.wanted, self._changed_at = min(2 * self.wanted, self._most), now
-            elif self.wanted > self._least and self._busy < _ROOM * (running - 1):
+            if queue and self._busy > _BUSY * running and self.wanted < self.most:
+                self.wanted, self._changed_at = min(2 * self.wanted, self.most), now
+            elif self.wanted > self.least and self._busy < _ROOM * (running - 1):
                 self.wanted, self._changed_at = self.wanted - 1, now
         return self.wanted
 
@@ -86,6 +88,7 @@ class PoolKeeper(ExecutionCallback):
 
     def before_execution_starts(self, executor: "StreamingExecutor") -> None:
         run_dir, self._names = executor._data_context.get_config(_CONFIG)
+        self._exporter = Exporter(storage.path(run_dir).name, pool=TEACHER)
         self._writer = threading.Thread(target=self._write, args=(run_dir,), name="teacher_pool", daemon=True)
         self._writer.start()
 
@@ -121,6 +124,13 @@ class PoolKeeper(ExecutionCallback):
             if is_due or actors != self._seen.get(name):
                 self._seen[name] = actors
                 self._note(name, *actors, queue=blocks, in_flight=operator.num_active_tasks())
+                for metric, value in {
+                    "raykd_pool_actors": info.running,
+                    "raykd_pool_min_actors": size.least,
+                    "raykd_pool_max_actors": size.most,
+                    "raykd_teacher_queued_blocks": blocks,
+                }.items():
+                    self._exporter.send(metric, value, teacher=name)
 
     def _close(self) -> None:
         for name in self._names:

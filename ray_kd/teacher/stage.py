@@ -28,6 +28,7 @@ from ray_kd import plugins, refusal, schema, storage
 from ray_kd.config import Teacher
 from ray_kd.errors import DataError, RetryableError
 from ray_kd.payloads import TOPK_LOGPROBS, TopKLogprobs
+from ray_kd.ray_metrics import TEACHER, Exporter
 from ray_kd.teacher.cache import Cache, cut
 from ray_kd.teacher.deaths import Deaths
 from ray_kd.teacher.engine import Engine, Request, RowError, Stats
@@ -119,7 +120,9 @@ class TeacherStage:
             if cache is None or cache.is_empty:
                 self._engine()
             self._journal = Journal(self._folder)
-            self._deaths = Deaths(self._folder, attempt, "" if part is None else part.name)
+            name = "" if part is None else part.name
+            self._deaths = Deaths(self._folder, attempt, name)
+            self._exporter = Exporter(self._folder.name, pool=TEACHER, teacher=name)
         self._stopped = time.perf_counter()
 
     def __call__(self, block: pa.Table) -> pa.Table:
@@ -169,6 +172,7 @@ class TeacherStage:
 
         self._stopped = time.perf_counter()
         busy_s = self._stopped - start
+        work = {name: value - getattr(before, name) for name, value in asdict(self._stats()).items()}
         self._journal.add(
             {
                 "teacher": "" if self._part is None else self._part.name,
@@ -179,9 +183,10 @@ class TeacherStage:
                 "cached": len(wanted) - len(asked),
                 "busy_s": round(busy_s, 6),
                 "idle_s": round(idle_s, 6),
-                **{name: value - getattr(before, name) for name, value in asdict(self._stats()).items()},
+                **work,
             }
         )
+        self._export(len(asked), len(wanted) - len(asked), busy_s, idle_s, work)
         busy = columns[schema.TEACHER_BUSY_S] + np.float32(busy_s / block.num_rows)
         return _with_columns(
             block,
@@ -210,6 +215,16 @@ class TeacherStage:
             )
             answers.update(zip(group, said, strict=True))
         return list(answers.values())
+
+    def _export(self, computed: int, cached: int, busy_s: float, idle_s: float, work: dict[str, int]) -> None:
+        send = self._exporter.send
+        send("raykd_teacher_rows_computed_total", computed)
+        send("raykd_teacher_rows_from_cache_total", cached)
+        send("raykd_teacher_busy_seconds_total", busy_s)
+        send("raykd_teacher_idle_seconds_total", idle_s)
+        send("raykd_teacher_retries_total", work["retries"])
+        send("raykd_tokens_total", work["tokens"])
+        send("raykd_tokens_per_second", work["tokens"] / busy_s if computed else None)
 
     def _stats(self) -> Stats:
         return getattr(self._built, "stats", None) or Stats()  # an engine of a third party may have none

@@ -20,6 +20,7 @@ from ray_kd.errors import ConfigError
 from ray_kd.locks import Held, writer_lock
 from ray_kd.payloads import HIDDEN_STATES
 from ray_kd.trainer.feed import Expected, Feed
+from ray_kd.trainer.recorder import Recorder
 from ray_kd.trainer.schedule import learning_rate
 
 if TYPE_CHECKING:
@@ -56,6 +57,8 @@ class TrainSpec:
     student: Student
     train: Train
     loss_options: dict[str, Any]  # keyword arguments of fused_linear_kd_loss, or of its dense sister
+    trackers: list[Any]
+    """Where metrics go beside metrics.jsonl, as `run.trackers` says."""
     loss: Loss
     """Its terms and temperature, which change over the steps."""
     make_features: "Callable[[], dict[str, Term]]"
@@ -118,10 +121,13 @@ def _train(spec: TrainSpec, feed: Feed, held: Held, rank: int, world: int) -> No
         _evaluate_before(run_dir, engine, evaluate, rank)
 
     schedules = Schedules.of(parse_terms(spec.loss.terms), spec.loss.temperature)
-    saver = Saver(run_dir / CHECKPOINTS, engine, options, spec.config_yaml, held, saved_step=first_step - 1)
     notice = Notice()
     metrics: dict[str, Any] = {}
-    with _Recorder(run_dir, first_step, rank) as recorder:
+    with Recorder(spec, run_dir / METRICS, first_step, rank, world) as recorder:
+        saver = Saver(
+            run_dir / CHECKPOINTS, engine, options, spec.config_yaml, held, saved_step=first_step - 1,
+            on_commit=recorder.committed,
+        )  # fmt: skip
 
         def save(step: int, metrics: dict[str, Any]) -> None:
             held.check()
@@ -166,7 +172,8 @@ def _train(spec: TrainSpec, feed: Feed, held: Held, rank: int, world: int) -> No
             if evaluate is not None and is_evaluated:
                 metrics |= {f"eval/{name}": value for name, value in evaluate(engine).items()}
             is_notable = is_last or is_evaluated or result.is_bad
-            recorder.add(metrics, result, is_logged=is_notable or step % options.log_every == 0)
+            timed_wait_s = wait_s if step > first_step else None
+            recorder.add(metrics, result, wait_s=timed_wait_s, is_logged=is_notable or step % options.log_every == 0)
             ledger.totals.wall_s += time.perf_counter() - start
             if result.flags.is_written == world:
                 saver.commit()
@@ -375,33 +382,3 @@ def _metrics(step: int, result: "StepResult", rate: float, wait_s: float, spec: 
 
 def _finite(metrics: dict[str, Any]) -> dict[str, Any]:
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
-
-
-class _Recorder:
-    """Writes metrics.jsonl on rank 0, with the throughput since the line before; does nothing on other ranks."""
-
-    def __init__(self, run_dir: Path, first_step: int, rank: int) -> None:
-        from ray_kd.metrics import MetricLogger
-
-        self._logger = MetricLogger(run_dir / METRICS, last_step=first_step - 1) if rank == 0 else None
-        self._tokens, self._start = 0, time.perf_counter()
-
-    def __enter__(self) -> "_Recorder":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._logger is not None:
-            self._logger.close()
-
-    def publish(self) -> None:
-        """Make the lines so far visible, where the run folder is in an object store."""
-        if self._logger is not None:
-            self._logger.publish()
-
-    def add(self, metrics: dict[str, Any], result: "StepResult", is_logged: bool) -> None:
-        """Count a step's tokens and, when it is logged, write its line."""
-        self._tokens += result.num_tokens
-        if is_logged and self._logger is not None:
-            now = time.perf_counter()
-            self._logger.log(metrics | {"train/tokens_per_second": self._tokens / (now - self._start)})
-            self._tokens, self._start = 0, now

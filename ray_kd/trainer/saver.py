@@ -9,6 +9,8 @@ before it. `start` and `commit` are collectives, so the ranks must come to them 
 """
 
 import threading
+import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
@@ -46,15 +48,19 @@ class Saver:
 
     root: the run's folder of checkpoints. config_yaml: goes along with each of them.
     saved_step: of the last one that counts, at first of that the training goes on from.
+    on_commit: told on rank 0 of each that counts: its step, and the seconds that the files of this rank took.
     """
 
     def __init__(
-        self, root: Path, engine: Any, options: Train, config_yaml: str, held: Held, saved_step: int
+        self, root: Path, engine: Any, options: Train, config_yaml: str, held: Held, saved_step: int,
+        on_commit: Callable[[int, float], None],
     ) -> None:  # fmt: skip
         self._root, self._engine, self._options = root, engine, options
         self._config_yaml, self._held = config_yaml, held
         self._rank = dist.get_rank()
         self._started: _Started | None = None
+        self._on_commit = on_commit
+        self._write_s = 0.0
         self.saved_step = saved_step
 
     @property
@@ -112,6 +118,8 @@ class Saver:
             checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
         )
         self.saved_step = started.step
+        if self._rank == 0:
+            self._on_commit(started.step, self._write_s)
 
     def _hashes(self, started: _Started) -> checkpoint.Hashes:
         try:
@@ -126,12 +134,15 @@ class Saver:
         self, hashes: "Future[checkpoint.Hashes]", copy: Copy, rng: dict[str, torch.Tensor], tmp: Path, step: int
     ) -> None:  # fmt: skip
         """Never raises: what goes wrong is the future's."""
+        start = time.perf_counter()
         try:
             files = [*write_fragments(copy, tmp), save_rng(rng, tmp, self._rank)]
             if self._rank == 0:
                 (tmp / CONFIG).write_text(self._config_yaml, encoding="utf-8")
                 files.append(CONFIG)
-            hashes.set_result(checkpoint.put_files(tmp, self._root, step, files))
+            put = checkpoint.put_files(tmp, self._root, step, files)
+            self._write_s = time.perf_counter() - start
+            hashes.set_result(put)
         except BaseException as error:
             if storage.is_full(error):
                 self._make_room(tmp)

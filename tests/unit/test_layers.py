@@ -14,7 +14,7 @@ import pytest
 LAYERS = (
     {"errors", "plugins", "config", "schedules", "schema", "payloads", "redact", "storage"},
     {"head"},
-    {"losses", "models", "checkpoint", "metrics", "locks", "refusal"},
+    {"losses", "models", "checkpoint", "metrics", "ray_metrics", "trackers", "locks", "refusal"},
     {"data", "teacher", "trainer", "eval", "export"},
     {
         "benchmarks",

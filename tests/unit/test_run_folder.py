@@ -113,6 +113,7 @@ FREE = [
     "train.deepspeed={wall_clock_breakdown: false}",
     "data.prepared_dir=elsewhere",
     "data.license=MIT",
+    "run.trackers=[tensorboard]",
     "data.max_bad_fraction=0.5",
     "teacher.batch_size=2",
     "teacher.batch_tokens=2048",

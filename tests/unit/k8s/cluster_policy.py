@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from ray_kd import config, validate
 from ray_kd.errors import ConfigError
 from ray_kd.layout import SUBCLUSTER, Layout, Node, find_problem, matches
-from tests.unit.k8s import manifests
+from tests.unit.k8s import exported, manifests
 from tests.unit.k8s.manifests import Group, Object
 from tests.unit.k8s.security_policy import SECRETS
 
@@ -254,6 +254,31 @@ def monitors_find_the_pods(objects: list[Object]) -> Iterator[str]:
                 yield f"{group.name} has the ports {ports}: {scraped} is not among them, or no policy opens it"
 
 
+def alerts_are_whole(objects: list[Object]) -> Iterator[str]:
+    """A PrometheusRule, whose definition is not at hand: alerts of one name each, that say how bad it is and what
+    to do.
+
+    Of metrics that are exported; what they find is tested by promtool.
+    """
+    for item in manifests.of_kind(objects, "PrometheusRule"):
+        if set(item["spec"]) != {"groups"} or any(set(group) != {"name", "rules"} for group in item["spec"]["groups"]):
+            yield f"{manifests.name_of(item)}: {item['spec']}"
+            continue
+        rules = [rule for group in item["spec"]["groups"] for rule in group["rules"]]
+        names = Counter(rule.get("alert") for rule in rules)
+        for rule in rules:
+            name = rule.get("alert")
+            if names[name] > 1 or set(rule) - {"for"} != {"alert", "expr", "labels", "annotations"}:
+                yield f"{name}: {sorted(rule)}, {names[name]} of them"
+                continue
+            if rule["labels"].get("severity") not in ("warning", "critical"):
+                yield f"{name} has the labels {rule['labels']}"
+            if not all(rule["annotations"].get(key) for key in ("summary", "description")):
+                yield f"{name} does not say what it is and what to do"
+            for unknown in exported.unknown(rule["expr"]):
+                yield f"{name}: nothing exports {unknown}"
+
+
 CHECKS = (
     objects_are_unique,
     references_are_met,
@@ -267,4 +292,5 @@ CHECKS = (
     run_fits_the_cluster,
     disruption_budgets_hold,
     monitors_find_the_pods,
+    alerts_are_whole,
 )

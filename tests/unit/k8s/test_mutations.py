@@ -19,6 +19,7 @@ TEACHER = f"{RAY}/workerGroupSpecs/0"
 STUDENT = f"{RAY}/workerGroupSpecs/1"
 POD = "template/spec"
 FIRST = f"{POD}/containers/0"
+RULES = "PrometheusRule/ray-kd/spec/groups/0/rules"
 
 
 @dataclass(frozen=True)
@@ -179,6 +180,15 @@ CLUSTERS = [
              components=("monitoring",)),
     Mutation("monitors_find_the_pods", {"NetworkPolicy/ray-kd-metrics/spec/ingress/0/ports/0/port": 9090},
              components=("monitoring",)),
+    Mutation("alerts_are_whole", {f"{RULES}/0/labels/severity": "page"}, components=("monitoring",)),
+    Mutation("alerts_are_whole", {f"{RULES}/1/annotations/description": REMOVE}, components=("monitoring",)),
+    Mutation("alerts_are_whole", {f"{RULES}/2/alert": "RayKDStarved"}, components=("monitoring",)),
+    Mutation("alerts_are_whole", {f"{RULES}/3/expr": REMOVE}, components=("monitoring",)),
+    Mutation("alerts_are_whole", {f"{RULES}/0/expr": lambda text: text.replace("last_step", "newest_step")},
+             components=("monitoring",)),
+    Mutation("alerts_are_whole", {f"{RULES}/3/expr": lambda text: text.replace("object_store", "objects")},
+             components=("monitoring",)),
+    Mutation("alerts_are_whole", {"PrometheusRule/ray-kd/spec/rules": []}, components=("monitoring",)),
 ]  # fmt: skip
 
 SCHEMAS = [

@@ -78,7 +78,7 @@ def test_the_readmes_overlay_of_ones_own_is_one(tmp_path):
     (tmp_path / "run.yaml").write_text(run + "eval: {max_rows: 8}\n")
     objects = manifests.build(tmp_path)
     assert failures(objects) == {}
-    (config_map,) = manifests.of_kind(objects, "ConfigMap")
+    (config_map,) = (item for item in manifests.of_kind(objects, "ConfigMap") if "run.yaml" in item["data"])
     assert config_map["data"]["run.yaml"].endswith("eval: {max_rows: 8}\n")
 
 

@@ -11,7 +11,9 @@ import pytest
 
 from ray_kd import schema
 from ray_kd.payloads import TopKLogprobs
+from ray_kd.ray_metrics import Exporter
 from ray_kd.teacher.engine import Request
+from ray_kd.teacher.journal import read_journal
 from ray_kd.teacher.stage import EngineSpec, TeacherStage
 from tests.fake_prepared import random_rows
 
@@ -37,6 +39,27 @@ def test_answers_travel_on_the_wire_that_was_asked_for(tmp_path, wire, magic):
     payloads = rows.column(schema.TEACHER_PAYLOAD).to_pylist()
     assert [payload[:4] for payload in payloads] == [magic, magic, b""]
     assert TopKLogprobs.decode(payloads[0]).ids.shape[1] == 16
+
+
+def test_prometheus_is_told_of_a_blocks_work(tmp_path):
+    sent = []
+    spec = EngineSpec({"kind": "fake", "vocab_size": VOCAB}, "teacher", None, "auto", 2, num_gpus=0, threads=1)
+    stage = TeacherStage(spec, Request(top_k=16), str(tmp_path / "mine"))
+    stage._exporter = Exporter(
+        "mine", lambda metric, value, tags: sent.append((metric.name, value, tags)), pool="teacher"
+    )
+    stage(block(3, 128))
+    stage(block(3, 128))
+    (line, other) = read_journal(tmp_path / "mine")
+    totals = {}
+    for name, value, tags in sent:
+        assert tags.items() <= {"run": "mine", "pool": "teacher", "teacher": ""}.items()
+        totals[name] = totals.get(name, 0) + value
+    assert totals["raykd_teacher_rows_computed_total"] == len(line["slots"]) + len(other["slots"]) == 4
+    assert totals["raykd_teacher_busy_seconds_total"] == pytest.approx(line["busy_s"] + other["busy_s"], abs=1e-5)
+    assert totals["raykd_teacher_idle_seconds_total"] == pytest.approx(line["idle_s"] + other["idle_s"], abs=1e-5)
+    assert totals.get("raykd_tokens_total", 0) == line["tokens"] + other["tokens"]
+    assert "raykd_teacher_rows_from_cache_total" not in totals
 
 
 HANGS = """

@@ -69,10 +69,19 @@ def gate(monkeypatch):
 
 
 @pytest.fixture
-def build(tmp_path):
+def commits():
+    """(step, seconds of writing) of each checkpoint that its maker was told of."""
+    return []
+
+
+@pytest.fixture
+def build(tmp_path, commits):
     def built(held=None, **options):
         train = Train(global_batch_size=4, **options)
-        return saver.Saver(tmp_path / "checkpoints", Engine(), train, "run: {}", held or Held(), saved_step=0)
+        return saver.Saver(
+            tmp_path / "checkpoints", Engine(), train, "run: {}", held or Held(), saved_step=0,
+            on_commit=lambda step, write_s: commits.append((step, write_s)),
+        )  # fmt: skip
 
     return built
 
@@ -88,7 +97,7 @@ def wait_for(condition):
         time.sleep(0.01)
 
 
-def test_training_goes_on_while_the_files_are_written(build, gate, reported, tmp_path):
+def test_training_goes_on_while_the_files_are_written(build, gate, reported, commits, tmp_path):
     writer, root = build(), tmp_path / "checkpoints"
     Engine.number.fill_(7)
     writer.start(3, {"ledger": "of step 3"}, loss=1.0)
@@ -97,8 +106,11 @@ def test_training_goes_on_while_the_files_are_written(build, gate, reported, tmp
     assert (checkpoint.newest_verified(root), len(checkpoint.orphans(root)), writer.saved_step) == (None, 1, 0)
     gate.set()
     wait_for(lambda: writer.is_written)
-    assert (checkpoint.newest_verified(root), reported) == (None, [])  # only a commit makes it count
+    assert (checkpoint.newest_verified(root), reported, commits) == (None, [], [])  # only a commit makes it count
     writer.commit()
+    ((step, write_s),) = commits
+    assert step == 3
+    assert 0 < write_s < 30
     folder = checkpoint.newest_verified(root)
     document = checkpoint.read_state(folder)
     assert (document["step"], document["next_slot"], document["state"]) == (3, 12, {"ledger": "of step 3"})
