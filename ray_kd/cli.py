@@ -121,10 +121,10 @@ def evaluate(argv: list[str]) -> int:
     where they come from; its answers beside the teacher's; tasks of lm-evaluation-harness."""
     options = _evaluate_options(argv)
     config = _config_of_run(storage.path(options.run_dir))
-    from ray_kd import evaluation, report
+    from ray_kd import evaluation, evaluation_report
 
     if options.report is not None:
-        report.prepare(options.report)
+        evaluation_report.prepare(options.report)
     asked = evaluation.Asked(
         model=options.model,
         max_rows=options.max_rows,
@@ -135,9 +135,9 @@ def evaluate(argv: list[str]) -> int:
         tasks_limit=options.lm_eval_limit,
     )
     document = evaluation.evaluate(config, asked)
-    print(json.dumps(document) if options.json else report.describe(document))
+    print(json.dumps(document) if options.json else evaluation_report.describe(document))
     if options.report is not None:
-        report.write(options.report, document)
+        evaluation_report.write(options.report, document)
         print(f"report: {options.report / 'report.md'}", file=sys.stderr if options.json else sys.stdout)
     return EXIT_DONE
 

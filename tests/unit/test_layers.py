@@ -33,7 +33,7 @@ LAYERS = (
         "teacher_cache",
         "evaluation",
         "plot",
-        "report",
+        "evaluation_report",
     },
     {"pipeline"},
     {"cli"},
