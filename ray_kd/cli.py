@@ -77,7 +77,8 @@ def distill(argv: list[str]) -> int:
     logger.info("%s", summary.describe(result))
     if samples := results.describe_samples(run_dir):
         logger.info("%s\n", samples)
-    logger.info("student: %s   figures: %s", run_dir / run_folder.FINAL, run_dir / run_folder.SUMMARY)
+    logger.info("student: %s   figures: %s   report: %s",
+                *(run_dir / name for name in (run_folder.FINAL, run_folder.SUMMARY, run_folder.REPORT)))  # fmt: skip
     return EXIT_DONE
 
 
@@ -217,6 +218,29 @@ def doctor(argv: list[str]) -> int:
     return DataError.exit_code if report.is_broken else EXIT_DONE
 
 
+def report(argv: list[str]) -> int:
+    """Write the page of a run again, as it is now, or one page of several runs beside each other."""
+    parser = Parser("report", description=report.__doc__)
+    parser.add_argument("run_dir", nargs="+", help="a run folder: finished, failed, or of a run that is on")
+    parser.add_argument("--out", metavar="FILE.html",
+                        help="the page (default: report.html in the run folder, of several in this one)")  # fmt: skip
+    options = parser.parse_args(argv)
+    from ray_kd import locks, run_folder
+    from ray_kd import report as pages
+
+    runs = [storage.path(run_dir) for run_dir in dict.fromkeys(options.run_dir)]
+    default = runs[0] / run_folder.REPORT if len(runs) == 1 else run_folder.REPORT
+    out = storage.path(options.out or default, "--out")
+    if out.is_dir():
+        parser.error(f"argument --out: '{out}' is a folder; allowed is a file")
+    html = pages.render([(run_dir, locks.holders(run_dir)) for run_dir in runs])
+    with storage.refused_if_unwritable(out, "--out"):
+        storage.make_folder(out.parent)
+        storage.write_text(out, html)
+    print(f"report: {out}")
+    return EXIT_DONE
+
+
 JOBS: dict[str, Callable[[list[str]], int]] = {
     "distill": distill,
     "prepare_data": prepare_data,
@@ -224,6 +248,7 @@ JOBS: dict[str, Callable[[list[str]], int]] = {
     "evaluate": evaluate,
     "export": export,
     "doctor": doctor,
+    "report": report,
 }
 
 

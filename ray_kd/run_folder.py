@@ -6,7 +6,7 @@ attempts.jsonl   one line per start of the worker group (start slot)
 teacher/         journal of the teacher actors, one file each
 teacher_deaths/  what was asked of those that died
 teacher_head/    the head of a teacher that sends hidden states
-metrics.jsonl, quarantine.jsonl, eval_before.json, checkpoints/, final/, summary.json, driver.log
+metrics.jsonl, quarantine.jsonl, eval_before.json, checkpoints/, final/, summary.json, report.html, driver.log
 """
 
 import json
@@ -26,6 +26,7 @@ CONFIG = "config.yaml"
 IDENTITY = "run.json"
 ATTEMPTS = "attempts.jsonl"
 SUMMARY = "summary.json"
+REPORT = "report.html"
 FINAL = "final"
 TEACHER_HEAD = "teacher_head"
 SAMPLES = "samples.json"

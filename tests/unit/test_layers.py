@@ -34,6 +34,7 @@ LAYERS = (
         "evaluation",
         "plot",
         "evaluation_report",
+        "report",
     },
     {"pipeline"},
     {"cli"},
