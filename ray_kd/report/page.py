@@ -196,9 +196,7 @@ def _actors(actors: Sequence[dict[str, Any]]) -> Table:
 
 def _where(line: dict[str, Any]) -> str:
     """Where a quarantined row or record is, from whatever its line says."""
-    return ", ".join(
-        f"{name} {line[name]}" for name in ("path", "file", "line", "step", "slot", "row_id") if name in line
-    )
+    return ", ".join(f"{name} {line[name]}" for name in ("line", "step", "slot", "row_id") if name in line)
 
 
 def _names(runs: Sequence[Run]) -> list[str]:

@@ -4,6 +4,7 @@ A lane is cut into bins, and a bin's shade is the share of it in which there was
 room as a minute of them. The time in which nothing ran, before a start that came much later, is drawn short.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -151,10 +152,7 @@ class _Steps:
         count = np.concatenate([[1.0], np.diff(self.numbers)])
         starts = np.sort(_known(run.starts.get("time")))
         # The newest start before a step's end: one that came after the step before means that this step began anew.
-        place = np.searchsorted(starts, self.ends, side="right") - 1
-        newest = (
-            np.where(place >= 0, starts[np.maximum(place, 0)], np.nan) if len(starts) else np.full_like(before, np.nan)
-        )
+        newest = np.concatenate([[np.nan], starts])[np.searchsorted(starts, self.ends, side="right")]
         self._is_first = np.isnan(before) | (newest > before)
         self._begins = np.where(self._is_first, np.where(np.isfinite(newest), newest, self.ends), before)
         # A line of several steps says how long the last of them waited.
@@ -224,7 +222,7 @@ def _spans(clock: Clock, begins: Column, ends: Column, label: str) -> list[tuple
     return [
         (float(edges[a]), float(edges[b] - edges[a]), int(shades[a]),
          f"{label}: {span(times[a])} to {span(times[b])}, {work[a:b].mean():.0%} of the time")
-        for a, b in zip(cuts[:-1], cuts[1:], strict=True) if shades[a]
+        for a, b in itertools.pairwise(cuts) if shades[a]
     ]  # fmt: skip
 
 
