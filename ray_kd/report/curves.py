@@ -11,7 +11,7 @@ from ray_kd.report.axes import MAX_POINTS, Scale, decimate, number, smooth
 from ray_kd.report.folder import Column, Columns, Run
 
 WIDTH, HEIGHT = 480, 230
-LEFT, RIGHT, TOP, BOTTOM = 58, 10, 8, 40
+LEFT, RIGHT, TOP, BOTTOM = 58, 24, 8, 40
 NUM_COLOURS, NUM_DASHES = 7, 4
 """Of the style sheet: neighbours differ in both, so that a curve is known without its colour."""
 

@@ -172,11 +172,15 @@ def _held_out(runs: Sequence[Run], names: Sequence[str]) -> Table:
         after = one.get("after") or {}
         columns.append((name, {} if after == one.get("before") else after))  # else nothing was measured since
     rows: Table = [
-        (label, *("-" if found.get(name) is None else number(found[name]) for _, found in columns))
+        (label, *("-" if found.get(name) is None else _measured(found[name]) for _, found in columns))
         for name, label in METRIC_LABELS.items()
         if any(found.get(name) is not None for _, found in columns)
     ]
     return [("", *(heading for heading, _ in columns)), *rows] if rows else []
+
+
+def _measured(value: float) -> str:
+    return f"{value:,.3f}" if abs(value) < 1e6 else number(value)
 
 
 def _ledger(run: Run) -> Table:

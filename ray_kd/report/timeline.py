@@ -56,6 +56,7 @@ class Timeline:
     """(kind, x, y, text)."""
     starts: list[tuple[float, str]] = field(default_factory=list)
     gaps: list[tuple[float, float, str]] = field(default_factory=list)
+    """(x, width, how long it was)."""
     ticks: list[tuple[float, str]] = field(default_factory=list)
     height: float = 0.0
 
@@ -93,7 +94,7 @@ class Clock:
     def ticks(self) -> list[tuple[float, str]]:
         """Round times since the beginning, none in a gap that was cut, none too close to the one before."""
         ran_s = float(self._shown[-1]) and self.last - self.first - sum(e - b - self.short_s for b, e in self.gaps)
-        about = max(ran_s / 8, 1e-3)
+        about = max(ran_s / 12, 1e-3)
         step = next((step for step in _STEPS_S if step >= about), None) or 86400 * round_step(about / 86400)
         found: list[tuple[float, str]] = []
         pieces = zip([self.first, *(end for _, end in self.gaps)],
@@ -239,8 +240,11 @@ def _covered(edges: Column, begins: Column, ends: Column) -> Column:
 
 def _strip(clock: Clock, columns: Columns, name: str, label: str, y: float) -> Strip:
     """A step function: a line of the pool holds until the next."""
-    times, values = columns.get("time"), np.nan_to_num(columns.get(name))
-    times, values = decimate(times, values)
+    ends = np.array([begin for begin, _ in clock.gaps])  # whoever was there went unheard
+    times = np.concatenate([columns.get("time"), ends])
+    values = np.concatenate([np.nan_to_num(columns.get(name)), np.zeros_like(ends)])
+    order = np.argsort(times, kind="stable")
+    times, values = decimate(times[order], values[order])
     xs = np.repeat(clock.at(times), 2)[1:]
     highest = float(values.max(initial=0))
     ys = y + STRIP - np.repeat(values, 2)[:-1] / max(highest, 1e-9) * STRIP
@@ -267,7 +271,7 @@ def _marks(run: Run, steps: _Steps, clock: Clock) -> list[tuple[str, float, floa
 
 def _gap(clock: Clock, begin: float, end: float) -> tuple[float, float, str]:
     first, last = clock.at(np.array([begin, end]))
-    return float(first), float(last - first), f"nothing ran for {span(end - begin)}"
+    return float(first), float(last - first), span(end - begin)
 
 
 def _known(times: Column) -> Column:

@@ -62,7 +62,7 @@ def test_it_is_drawn(page, tmp_path, scheme):
 
 
 def corner(png: bytes) -> float:
-    """How bright the first pixel is, which is the page's margin: 0 black, 1 white. No filter of PNG changes that one."""
+    """How bright the first pixel is, the page's margin: 0 black, 1 white. No filter of PNG changes that one."""
     data, at = b"", 8
     while at < len(png):
         length, kind = int.from_bytes(png[at : at + 4], "big"), png[at + 4 : at + 8]

@@ -33,8 +33,8 @@ def test_the_figures_are_those_of_the_summary(tmp_path):
     assert page.rows["time in training"] == ["1:02 h"]
     assert page.rows["tokens/s"] == ["151.5"]
     assert page.rows["teacher wait"] == ["12.5%"]
-    assert page.rows["KL(teacher || student), nats a token"] == ["3.25", "0.875"]
-    assert page.rows["perplexity"] == ["750", "80"]
+    assert page.rows["KL(teacher || student), nats a token"] == ["3.250", "0.875"]
+    assert page.rows["perplexity"] == ["750.000", "80.000"]
     ledger = ("rows planned", "missing", "trained twice", "quarantined: no teacher's answer could be used")
     assert [page.rows[name] for name in ledger] == [["80"], ["0"], ["0"], ["2"]]
     assert page.rows["rows computed by teachers"] == ["86"]
@@ -148,8 +148,13 @@ def test_a_run_that_failed_before_it_had_anything(tmp_path):
     page = Page((folder / "report.html").read_text())
     assert "failed with exit code 65 no usable records in x.jsonl" in page.text
     assert json.loads((folder / "summary.json").read_text())["cause"] == "no usable records in x.jsonl"
-    for sentence in ("It has no config.yaml", "No step was logged", "None: the run has no held-out rows",
-                     "Nothing in the run folder says when the run was", "None: the run has no eval.prompts"):  # fmt: skip
+    for sentence in (
+        "It has no config.yaml",
+        "No step was logged",
+        "None: the run has no held-out rows",
+        "Nothing in the run folder says when the run was",
+        "None: the run has no eval.prompts",
+    ):
         assert sentence in page.text
     assert page.rows["rows planned"] == ["-"]
 
@@ -205,7 +210,9 @@ def test_several_starts_show_their_gaps(tmp_path):
     teacher = [title for title in titles if title.startswith("teacher: ")]
     assert teacher
     assert "evaluation after step 20" in titles
-    ticks = re.findall(r'<text class="tick middle" x="([\d.]+)"[^>]*>(?:[\d:]+ (?:s|min|h))</text>', html)
+    timeline = html[html.index('<svg class="timeline"') :]
+    ticks = re.findall(r'y2="[\d.]+"/><text class="tick middle" x="([\d.]+)"[^>]*>[\d:]+ (?:s|min|h)</text>', timeline)
+    assert len(ticks) > 3
     assert min(b - a for a, b in zip(map(float, ticks), map(float, ticks[1:]), strict=False)) > 40
 
 
@@ -245,7 +252,7 @@ def test_a_comparison(tmp_path):
     (second / "config.yaml").write_text(yaml.safe_dump(config))
     change(second / "summary.json", steps=44, eval={"before": BEFORE, "after": AFTER | {"kl": 0.5}})
     page = page_of(first, second)
-    assert page.rows["KL(teacher || student), nats a token"] == ["3.25", "0.875", "0.5"]
+    assert page.rows["KL(teacher || student), nats a token"] == ["3.250", "0.875", "0.500"]
     assert page.rows["steps"] == ["40", "44"]
     assert page.rows["train.learning_rate"] == ["0.001", "0.002"]
     assert "run.dir" not in page.rows
@@ -261,7 +268,8 @@ def test_runs_of_one_name_are_told_apart(tmp_path):
 
 def test_the_job_writes_a_page(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    one, two = write_run(tmp_path / "one"), write_run(tmp_path / "two")
+    one = write_run(tmp_path / "one")
+    write_run(tmp_path / "two")
     assert cli.main("report", [str(one)]) == 0
     assert Page((one / "report.html").read_text()).rows["steps"] == ["40"]
     assert cli.main("report", [str(one), "two"]) == 0
