@@ -103,6 +103,8 @@ class Chart:
             means = smooth(one.values, max(5, len(one.values) // 30))
             at = np.unique(np.linspace(0, len(means) - 1, 150).astype(int))
             line.mean = " ".join(self._polylines(one.steps[at], means[at]))
+        else:  # a value between gaps makes no line
+            line.marks = [tuple(part.split(",")) for part in line.parts if " " not in part]  # type: ignore[misc]
         return line
 
     def _polylines(self, steps: Column, values: Column) -> Iterator[str]:

@@ -133,7 +133,7 @@ def read(folder: Path, holders: Sequence[str] = ()) -> Run:
         return _read(folder, holders)
     except RayKDError:
         raise
-    except (ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
         line = " ".join(f"{type(error).__name__}: {error}".split())
         raise DataError(f"'{folder}' cannot be reported, something in it is damaged ({line[:200]}): "
                         f"jobs/doctor.py {folder} says what") from error  # fmt: skip
@@ -180,7 +180,7 @@ def _read(folder: Path, holders: Sequence[str]) -> Run:
 def _figures(folder: Path, num_starts: int, is_on: bool) -> tuple[dict[str, Any], int | None]:
     """(figures of now, exit code): summary.json, or where it is of an earlier start what it would be."""
     known: dict[str, Any] = json.loads(_text(folder / run_folder.SUMMARY) or "{}")
-    if known and not is_on and num_starts <= 1 + known["restarts"]:
+    if known and not is_on and num_starts <= 1 + known.get("restarts", num_starts):
         return known, int(known["exit_code"])
     planned = summary.Planned(**{name: known[name] for name in summary.Planned.__annotations__ if name in known})
     return summary.build(folder, planned, RetryableError.exit_code), None

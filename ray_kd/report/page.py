@@ -17,7 +17,9 @@ from ray_kd.summary import METRIC_LABELS
 Table = list[tuple[str, ...]]
 
 _LONGEST = 400
-"""Characters of a reason, a sample or a value in a table."""
+"""Characters of a reason or a value in a table."""
+
+_MOST_SAMPLES, _LONGEST_SAMPLE = 20, 2000
 
 _ADVICE = {
     FINISHED: "",
@@ -55,8 +57,9 @@ def of_run(run: Run) -> str:
                     for line in run.first_quarantined],
         reasons=[(_cut(reason), f"{count:,}") for reason, count in run.reasons],
         actors=_actors(run.figures.get("teacher_actors", [])),
-        samples=[{name: _cut(str(text), 2000) for name, text in sample.items()} for sample in run.samples],
-        config=yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True) if run.config else "",
+        samples=[{name: _cut(str(text), _LONGEST_SAMPLE) for name, text in sample.items()}
+                 for sample in run.samples[:_MOST_SAMPLES]],
+        config=_cut(yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True), 100_000) if run.config else "",
         checkpoints=", ".join(map(str, run.checkpoint_steps)) or "none",
     )  # fmt: skip
 
@@ -150,7 +153,9 @@ def _figure(run: Run, name: str) -> str:
     """A figure of the summary in words; a dash where the run has none."""
     value = run.figures.get(name)
     # Nobody planned anything for a run whose data was not known, as far as this folder says.
-    if value is None or (name in ("rows_planned", "rows_prepared", "rows_missing") and not run.figures["rows_planned"]):
+    if value is None or (
+        name in ("rows_planned", "rows_prepared", "rows_missing") and not run.figures.get("rows_planned")
+    ):
         return "-"
     if name == "wall_s":
         return timeline.span(value)

@@ -5,6 +5,7 @@ room as a minute of them. The time in which nothing ran, before a start that cam
 """
 
 import itertools
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -58,6 +59,7 @@ class Timeline:
     gaps: list[tuple[float, float, str]] = field(default_factory=list)
     """(x, width, how long it was)."""
     ticks: list[tuple[float, str]] = field(default_factory=list)
+    began: str = ""
     height: float = 0.0
 
 
@@ -121,9 +123,11 @@ def timeline_of(run: Run) -> Timeline | None:
     clock, drawn, y = Clock(np.sort(every), np.sort(starts)), Timeline(), float(TOP + LANE + SPACE)
     drawn.ticks = clock.ticks()
     drawn.gaps = [_gap(clock, begin, end) for begin, end in clock.gaps]
+    drawn.began = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(clock.first))
+    slots = run.starts.get("start_slot")[np.isfinite(run.starts.get("time"))]
     drawn.starts = [
         (float(place), f"start {index + 1}, from slot {slot:,.0f}")
-        for index, (place, slot) in enumerate(zip(clock.at(starts), run.starts.get("start_slot"), strict=False))
+        for index, (place, slot) in enumerate(zip(clock.at(starts), slots, strict=True))
     ][:_MOST_MARKS]
     drawn.marks = _marks(run, steps, clock)
     for label, begins, ends in _lanes(teachers):
@@ -149,8 +153,8 @@ class _Steps:
         self._is_known = np.isfinite(ends)
         self.numbers, self.ends = numbers[self._is_known], ends[self._is_known]
         wait_s = np.nan_to_num(run.metrics.get("train/data_wait_s")[self._is_known])
-        before = np.concatenate([[np.nan], self.ends[:-1]])
-        count = np.concatenate([[1.0], np.diff(self.numbers)])
+        before = np.concatenate([[np.nan], self.ends])[: len(self.ends)]
+        count = np.diff(self.numbers, prepend=self.numbers[:1] - 1)
         starts = np.sort(_known(run.starts.get("time")))
         # The newest start before a step's end: one that came after the step before means that this step began anew.
         newest = np.concatenate([[np.nan], starts])[np.searchsorted(starts, self.ends, side="right")]
@@ -182,15 +186,20 @@ def _lanes(teachers: Sequence[tuple[Blocks, Column, Column]]) -> list[tuple[str,
 
     Where there are more lanes than one can look at, one stands for all actors of a teacher.
     """
-    known = sorted((entry for entry in teachers if len(entry[1])), key=lambda entry: (entry[0].teacher, entry[1].min()))
+    known = sorted(
+        ((one.teacher, float(begins.min()), float(ends.max()), (begins, ends)) for one, begins, ends in teachers
+         if len(begins)), key=lambda entry: entry[:2]
+    )  # fmt: skip
     lanes: list[tuple[str, list[tuple[Column, Column]]]] = []
-    for one, begins, ends in known:
-        for teacher, own in lanes:
-            if teacher == one.teacher and own[-1][1].max() <= begins.min():
-                own.append((begins, ends))
-                break
+    ended: list[float] = []
+    for teacher, first, last, spans in known:
+        free = (place for place, (of, _) in enumerate(lanes) if of == teacher and ended[place] <= first)
+        if (place := next(free, None)) is None:
+            lanes.append((teacher, [spans]))
+            ended.append(last)
         else:
-            lanes.append((one.teacher, [(begins, ends)]))
+            lanes[place][1].append(spans)
+            ended[place] = last
     if len(lanes) > _MOST_LANES:
         together: dict[str, list[tuple[Column, Column]]] = {}
         for teacher, own in lanes:
@@ -264,8 +273,8 @@ def _marks(run: Run, steps: _Steps, clock: Clock) -> list[tuple[str, float, floa
         ("checkpoint", run.checkpoint_steps, "checkpoint that is kept, of step"),
     ):
         for step in wanted:
-            if (time := steps.at(step)) is not None:
-                found.append((kind, float(clock.at(np.array([time]))[0]), TOP + LANE / 2, f"{what} {step:.0f}"))
+            if (ended := steps.at(step)) is not None:
+                found.append((kind, float(clock.at(np.array([ended]))[0]), TOP + LANE / 2, f"{what} {step:.0f}"))
     return found
 
 

@@ -216,6 +216,15 @@ def test_several_starts_show_their_gaps(tmp_path):
     assert min(b - a for a, b in zip(map(float, ticks), map(float, ticks[1:]), strict=False)) > 40
 
 
+def test_a_run_whose_teachers_worked_and_whose_student_never_did(tmp_path):
+    folder = write_run(tmp_path / "mine")
+    (folder / "metrics.jsonl").unlink()
+    page = page_of(folder)
+    assert "No step was logged" in page.text
+    assert "loading, first step" not in page.text
+    assert any("teacher" in (element.get("class") or "") for element in page.all("rect"))
+
+
 def test_many_actors_are_one_lane(tmp_path):
     folder = write_run(tmp_path / "mine")
     for pid in range(30):
@@ -234,6 +243,23 @@ def test_null_numbers_leave_a_gap(tmp_path):
     assert [step for step, _ in Page(html).curve("loss")] == [*map(float, range(1, 10)), *map(float, range(11, 41))]
     curve = re.search(r'data-name="loss" .*?</g>', html, re.S)[0]
     assert curve.count("<polyline") == 2
+
+
+def test_a_single_step_is_a_point(tmp_path):
+    folder = write_run(tmp_path / "mine")
+    write_lines(folder / "metrics.jsonl", [metrics_line(1, BEGAN + 3)])
+    curve = re.search(r'data-name="loss" .*?</g>', report.render([(folder, ())]), re.S)[0]
+    assert curve.count("<circle") == 1
+
+
+def test_many_samples_are_cut(tmp_path):
+    folder = write_run(tmp_path / "mine")
+    change(
+        folder / "samples.json", samples=[{"prompt": f"say {i}", "before": "", "after": "x" * 9000} for i in range(50)]
+    )
+    html = report.render([(folder, ())])
+    assert "The first 20 of 50; all are in samples.json." in Page(html).text
+    assert len(html) < 200_000
 
 
 def test_ten_thousand_steps_are_a_small_page_in_a_second(tmp_path):
