@@ -186,7 +186,7 @@ def _series(run: Run, name: str, label: str) -> Series | None:
     before = run.eval_before.get(name.removeprefix("eval/")) if is_held_out else None
     if is_held_out:
         steps, values = steps[np.isfinite(values)], values[np.isfinite(values)]
-    if before is not None:
+    if before is not None and len(values):  # alone it is a number for the table
         steps, values = np.append(0.0, steps), np.append(float(before), values)
     values = np.where(np.isfinite(values), values, np.nan)
     return Series(label, steps, values, is_sparse=is_held_out) if np.isfinite(values).any() else None
