@@ -7,7 +7,7 @@
     page.py       what the templates say, in words and tables
     templates/    HTML, CSS and a few lines of script, filled in by jinja2, which escapes whatever comes from a run
 
-Cost: one pass over metrics.jsonl and the journals, 0.6 s for 10,000 steps; a page stays below a megabyte.
+Cost: one pass over metrics.jsonl and the journals, 0.4 s of CPU for 10,000 steps; a page stays below a megabyte.
 """
 
 from collections.abc import Sequence
