@@ -78,7 +78,8 @@ def distill(argv: list[str]) -> int:
     logger.info("%s", summary.describe(result))
     if samples := results.describe_samples(run_dir):
         logger.info("%s\n", samples)
-    logger.info("student: %s   figures: %s", run_dir / run_folder.FINAL, run_dir / run_folder.SUMMARY)
+    logger.info("student: %s   figures: %s   report: %s",
+                *(run_dir / name for name in (run_folder.FINAL, run_folder.SUMMARY, run_folder.REPORT)))  # fmt: skip
     return EXIT_DONE
 
 
@@ -122,10 +123,10 @@ def evaluate(argv: list[str]) -> int:
     where they come from; its answers beside the teacher's; tasks of lm-evaluation-harness."""
     options = _evaluate_options(argv)
     config = _config_of_run(storage.path(options.run_dir))
-    from ray_kd import evaluation, report
+    from ray_kd import evaluation, evaluation_report
 
     if options.report is not None:
-        report.prepare(options.report)
+        evaluation_report.prepare(options.report)
     asked = evaluation.Asked(
         model=options.model,
         max_rows=options.max_rows,
@@ -136,9 +137,9 @@ def evaluate(argv: list[str]) -> int:
         tasks_limit=options.lm_eval_limit,
     )
     document = evaluation.evaluate(config, asked)
-    print(json.dumps(document) if options.json else report.describe(document))
+    print(json.dumps(document) if options.json else evaluation_report.describe(document))
     if options.report is not None:
-        report.write(options.report, document)
+        evaluation_report.write(options.report, document)
         print(f"report: {options.report / 'report.md'}", file=sys.stderr if options.json else sys.stdout)
     return EXIT_DONE
 
@@ -218,6 +219,29 @@ def doctor(argv: list[str]) -> int:
     return DataError.exit_code if report.is_broken else EXIT_DONE
 
 
+def report(argv: list[str]) -> int:
+    """Write the page of a run again, as it is now, or one page of several runs beside each other."""
+    parser = Parser("report", description=report.__doc__)
+    parser.add_argument("run_dir", nargs="+", help="a run folder: finished, failed, or of a run that is on")
+    parser.add_argument("--out", metavar="FILE.html",
+                        help="the page (default: report.html in the run folder, of several in this one)")  # fmt: skip
+    options = parser.parse_args(argv)
+    from ray_kd import locks, run_folder
+    from ray_kd import report as pages
+
+    runs = [storage.path(run_dir) for run_dir in dict.fromkeys(options.run_dir)]
+    default = runs[0] / run_folder.REPORT if len(runs) == 1 else run_folder.REPORT
+    out = storage.path(options.out or default, "--out")
+    if out.is_dir():
+        parser.error(f"argument --out: '{out}' is a folder; allowed is a file")
+    html = pages.render([(run_dir, locks.holders(run_dir)) for run_dir in runs])
+    with storage.refused_if_unwritable(out, "--out"):
+        storage.make_folder(out.parent)
+        storage.write_text(out, html)
+    print(f"report: {out}")
+    return EXIT_DONE
+
+
 JOBS: dict[str, Callable[[list[str]], int]] = {
     "distill": distill,
     "prepare_data": prepare_data,
@@ -225,6 +249,7 @@ JOBS: dict[str, Callable[[list[str]], int]] = {
     "evaluate": evaluate,
     "export": export,
     "doctor": doctor,
+    "report": report,
 }
 
 

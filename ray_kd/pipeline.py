@@ -71,6 +71,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _MAX_BLOCK_NBYTES = 32 * 2**20
+_MAX_CAUSE = 1000  # characters
 _BLOCKS_A_PROCESS = 4  # being made, in the queue, on the way, being used
 
 
@@ -89,6 +90,8 @@ def distill(config: RunConfig) -> dict[str, Any]:
         if run_folder.has_moved(run_dir, config):
             run_folder.check_content(run_dir, _content(config, _plan(config)))
         logger.info("run %s is finished already; nothing to do", run_dir)
+        if not (run_dir / run_folder.REPORT).exists():  # of a version that wrote none
+            _write_report(run_dir)
         return finished
     with launch.interruptible(), driver_lock(run_dir) as held, cluster.connecting(config) as wait_for_ray:
         check_settings(config)
@@ -120,7 +123,9 @@ def distill(config: RunConfig) -> dict[str, Any]:
             if not isinstance(error, Lost):
                 _write_failure(run_dir, planned, error)
             raise
-        return summary.write(run_dir, planned, EXIT_DONE)
+        result = summary.write(run_dir, planned, EXIT_DONE)
+        _write_report(run_dir)
+        return result
 
 
 def cache_teacher(config: RunConfig) -> list[teacher_cache.Filled]:
@@ -144,10 +149,24 @@ def _write_failure(run_dir: Path, planned: summary.Planned | None, error: BaseEx
     exit_code = error.exit_code if isinstance(error, RayKDError) else EXIT_BUG
     if storage.is_store_error(error) or storage.is_full(error):
         exit_code = RetryableError.exit_code
+    text = str(error) if isinstance(error, RayKDError) else f"{type(error).__name__}: {error}"
     try:
-        summary.write(run_dir, planned, exit_code)
+        summary.write(run_dir, planned, exit_code, cause=" ".join(text.split())[:_MAX_CAUSE])
     except Exception as second:  # the first error is the one to report
         logger.error("summary.json could not be written: %s", second)
+    else:
+        _write_report(run_dir)
+
+
+def _write_report(run_dir: Path) -> None:
+    """For people: whatever goes wrong here is a warning, and the run's own outcome counts."""
+    from ray_kd import report
+
+    try:
+        report.write(run_dir)
+    except Exception as error:
+        logger.warning("%s could not be written (%s: %s)", run_folder.REPORT, type(error).__name__, error)
+        logger.debug("", exc_info=True)
 
 
 def prepare(config: RunConfig, quarantine_path: Path | None = None, plan: "Plan | None" = None) -> PreparedData:

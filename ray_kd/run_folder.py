@@ -7,7 +7,7 @@ teacher/         journal of the teacher actors, one file each
 teacher_deaths/  what was asked of those that died
 teacher_head/    the head of a teacher that sends hidden states
 tensorboard/, mlflow/, wandb/, mlflow_run_id, wandb_run_id   of `run.trackers`
-metrics.jsonl, quarantine.jsonl, eval_before.json, checkpoints/, final/, summary.json, driver.log
+metrics.jsonl, quarantine.jsonl, eval_before.json, checkpoints/, final/, summary.json, report.html, driver.log
 """
 
 import json
@@ -27,6 +27,7 @@ CONFIG = "config.yaml"
 IDENTITY = "run.json"
 ATTEMPTS = "attempts.jsonl"
 SUMMARY = "summary.json"
+REPORT = "report.html"
 FINAL = "final"
 TEACHER_HEAD = "teacher_head"
 SAMPLES = "samples.json"

@@ -29,21 +29,25 @@ class Planned:
         return cls(manifest.num_rows, order.num_planned_rows, manifest.quarantined)
 
 
-def write(run_dir: Path, planned: Planned | None, exit_code: int) -> dict[str, Any]:
-    """Write summary.json and return it. planned None: an attempt that failed early keeps what an earlier one knew."""
+def write(run_dir: Path, planned: Planned | None, exit_code: int, cause: str | None = None) -> dict[str, Any]:
+    """Write summary.json and return it. planned None: an attempt that failed early keeps what an earlier one knew.
+
+    cause: why the run ended before its last step, in one line.
+    """
     path = run_dir / run_folder.SUMMARY
     known = json.loads(storage.read_text(path)) if planned is None and path.exists() else {}
     before = Planned(**{field.name: known.get(field.name, 0) for field in fields(Planned)})
-    document = build(run_dir, planned or before, exit_code)
+    document = build(run_dir, planned or before, exit_code, cause)
     run_folder.write_json(path, document)
     return document
 
 
-def build(run_dir: Path, planned: Planned, exit_code: int) -> dict[str, Any]:
+def build(run_dir: Path, planned: Planned, exit_code: int, cause: str | None = None) -> dict[str, Any]:
     """The summary of the surviving history: the newest verified checkpoint and what led to it.
 
     Rows are counted from what went through the optimiser (trainer/ledger.py), not from the slots planned; teacher
-    rows from the actors' journal, over all restarts. Every figure is a number; `eval` is null without eval data.
+    rows from the actors' journal, over all restarts. Every figure is a number; `cause` is null once the run is done,
+    `eval` without eval data.
     """
     folder = checkpoint.newest_verified(run_dir / CHECKPOINTS, full=False)
     state = checkpoint.read_state(folder)["state"]["ledger"] if folder else None
@@ -76,6 +80,7 @@ def build(run_dir: Path, planned: Planned, exit_code: int) -> dict[str, Any]:
         "teacher_wait_fraction": totals.wait_s / totals.timed_step_s if totals.timed_step_s > 0 else 0.0,
         "restarts": max(0, starts - 1),
         "exit_code": exit_code,
+        "cause": cause,
         "eval": evaluation(run_dir),
     }
 

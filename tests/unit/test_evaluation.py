@@ -7,13 +7,13 @@ import shutil
 
 import pytest
 
-from ray_kd import checkpoint, cli, evaluation, models, plot, report, results
+from ray_kd import checkpoint, cli, evaluation, evaluation_report, models, plot, results
 from ray_kd.eval import harness, open_harness
 from tests.fake_prepared import write_prepared
 from tests.fake_run import ORDER, write_run
 from tests.tiny import tiny_llama
 
-PLOTS = [report.POSITION, report.ENTROPY, report.CALIBRATION, report.MASS]
+PLOTS = [evaluation_report.POSITION, evaluation_report.ENTROPY, evaluation_report.CALIBRATION, evaluation_report.MASS]
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def test_a_teacher_on_a_server_has_no_answer(run_dir, monkeypatch):
     speakers = evaluation._speakers(config, None)
     assert speakers["teacher"] is None
     entry = {"prompt": "Hi", "answers": {"teacher": None, "student after": ""}}
-    assert report._answers(entry) == (
+    assert evaluation_report._answers(entry) == (
         "prompt:\n\n    Hi\n\nteacher:\n\n    (its weights are on a server)\n\nstudent after:\n\n    (ends at once)"
     )
 

@@ -33,6 +33,7 @@ LAYERS = (
         "teacher_cache",
         "evaluation",
         "plot",
+        "evaluation_report",
         "report",
     },
     {"pipeline"},
