@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from ray_kd import config as configuration
-from ray_kd import plugins, redact, storage
+from ray_kd import plugins, redact, storage, submission
 from ray_kd.errors import EXIT_BUG, EXIT_DONE, ConfigError, DataError, RayKDError, RetryableError, cause_of
 
 logger = logging.getLogger("ray_kd")
@@ -264,6 +264,7 @@ def _config_from(argv: list[str], job: str, description: str | None) -> configur
     parser.add_argument("--print-config", action="store_true", help="print the resolved config and exit")
     options = parser.parse_intermixed_args(argv)
     config = configuration.load(options.config, options.overrides)
+    submission.check_outputs(config)
     if options.print_config:
         print(configuration.to_yaml(config), end="")
         return None

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ray_kd import redact, storage
+from ray_kd import redact, storage, submission
 from ray_kd.config import Pool, RunConfig, Teacher, each_teacher, worker_range
 from ray_kd.errors import ConfigError, RetryableError
 from ray_kd.layout import READ_CPUS, REPARTITION_CPUS, Layout, Node, cautions, find_problem
@@ -299,7 +299,12 @@ def _begin(config: RunConfig, where: str | None) -> None:
                 logging_level=logging.ERROR,
             )
         else:
-            context = ray.init(address=where, log_to_driver=False, logging_level=logging.ERROR)
+            context = ray.init(
+                address=where,
+                job_config=submission.job_config(config),
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
     except (ConnectionError, ValueError) as error:
         raise ConfigError(f"cannot join the Ray cluster '{where}': {str(error).splitlines()[0]}") from error
     if where == "auto" and not (config.cluster.insecure or is_token_auth_enabled()):

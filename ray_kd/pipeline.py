@@ -22,11 +22,13 @@ from ray_kd import (
     cluster,
     launch,
     objectives,
+    redact,
     refusal,
     results,
     run_folder,
     schema,
     storage,
+    submission,
     summary,
     teacher_cache,
 )
@@ -102,8 +104,10 @@ def distill(config: RunConfig) -> dict[str, Any]:
         run_folder.check_content(run_dir, content)  # before anything is written: the run may be another
         _sweep(run_dir)
         planned = None
+        job = submission.Job()
         try:
             wait_for_ray()
+            job.show(submission.describe(config))
             cluster.check_shared(run_dir, config.train.timeout_s)
             prepared = prepare(config, run_dir / QUARANTINE, plan)
             teachers = _teachers(config, prepared, vocab_size)  # which may refuse, so before it is recorded
@@ -113,7 +117,7 @@ def distill(config: RunConfig) -> dict[str, Any]:
             _warn(config, order)
             student_path = _student(config, run_dir, prepared)
             payload = _teacher_payload(config, run_dir, vocab_size, teachers)
-            _fit(config, run_dir, held, prepared, order, student_path, payload)
+            _fit(config, run_dir, held, job, prepared, order, student_path, payload)
             held.check()
             results.finish(config, run_dir)
             for teacher in teachers:
@@ -121,7 +125,7 @@ def distill(config: RunConfig) -> dict[str, Any]:
                     teacher_cache.merge(teacher.cache)
         except BaseException as error:
             if not isinstance(error, Lost):
-                _write_failure(run_dir, planned, error)
+                _write_failure(run_dir, planned, job, error)
             raise
         result = summary.write(run_dir, planned, EXIT_DONE)
         _write_report(run_dir)
@@ -145,13 +149,17 @@ def cache_teacher(config: RunConfig) -> list[teacher_cache.Filled]:
         return filled
 
 
-def _write_failure(run_dir: Path, planned: summary.Planned | None, error: BaseException) -> None:
+def _write_failure(
+    run_dir: Path, planned: summary.Planned | None, job: submission.Job, error: BaseException
+) -> None:  # fmt: skip
     exit_code = error.exit_code if isinstance(error, RayKDError) else EXIT_BUG
     if storage.is_store_error(error) or storage.is_full(error):
         exit_code = RetryableError.exit_code
     text = str(error) if isinstance(error, RayKDError) else f"{type(error).__name__}: {error}"
+    cause = redact.redact(" ".join(text.split()))[:_MAX_CAUSE]
+    job.show({"cause": cause, "exit_code": str(exit_code)})
     try:
-        summary.write(run_dir, planned, exit_code, cause=" ".join(text.split())[:_MAX_CAUSE])
+        summary.write(run_dir, planned, exit_code, cause=cause)
     except Exception as second:  # the first error is the one to report
         logger.error("summary.json could not be written: %s", second)
     else:
@@ -548,8 +556,8 @@ def _note_attempt(run_dir: Path, start_slot: int) -> None:
 
 
 def _fit(
-    config: RunConfig, run_dir: Path, held: Held, prepared: PreparedData, order: SlotOrder, student_path: str,
-    payload: _TeacherPayload,
+    config: RunConfig, run_dir: Path, held: Held, job: submission.Job, prepared: PreparedData, order: SlotOrder,
+    student_path: str, payload: _TeacherPayload,
 ) -> None:  # fmt: skip
     """Train to the last step. Raises RetryableError when the run was stopped before it."""
     steps = _trained_steps(run_dir)
@@ -642,14 +650,19 @@ def _fit(
     )  # fmt: skip
     progress = Progress(run_dir / METRICS, order.num_steps)
     head = cluster.Head(ray.get_runtime_context().gcs_address)
+
+    def show_step(at_once: bool = False) -> None:
+        job.show({"step": f"{progress.step}/{order.num_steps}"}, at_once=at_once)
+
     try:
         launch.fit(
             trainer.fit,
-            on_poll=[held.check, progress.update, refusal.Reported(run_dir).check, head.check],
+            on_poll=[held.check, progress.update, refusal.Reported(run_dir).check, head.check, show_step],
             request_stop=(run_dir / STOP_FLAG).touch,
         )
     finally:
         progress.close()
+        show_step(at_once=True)
     (run_dir / STOP_FLAG).unlink(missing_ok=True)
     if (steps := _trained_steps(run_dir)) < order.num_steps:
         raise RetryableError(f"stopped after step {steps} of {order.num_steps}; the same command goes on from there")

@@ -34,6 +34,11 @@ class Progress:
         self._shown: tuple[int, float] = (0, 0.0)
         self._kl: float | None = None
 
+    @property
+    def step(self) -> int:
+        """The newest step that `update` read, 0 before the first."""
+        return self._last_step
+
     def update(self, is_last: bool = False) -> None:
         """Read the new lines of the metrics and show the newest, when it is time to."""
         now = time.monotonic()

@@ -176,7 +176,7 @@ REFUSED = {
     "run.dir a file": (["run.dir={w}/file"], ["run.dir '{w}/file' cannot be written"]),
     "data path a URI": (["data.source.paths=[s3://b/x.jsonl]"], ["data.source: data path 's3://b/x.jsonl' is a URI"]),
     "run.dir one slash short": (["run.dir=s3:/bucket/run"], ["did you mean 's3://bucket/run'"]),
-    "cluster by Ray Client": (["cluster.address=ray://a:10001"], ["cluster.address is 'ray://a:10001'", "host:port"]),
+    "cluster by Ray Client": (["cluster.address=ray://a:10001"], ["RAY_ADDRESS) is 'ray://a:10001'", "host:port"]),
     "run.dir of no store": (["run.dir=nowhere://run"], ["run.dir is 'nowhere://run'", "URI of s3://"]),
     "run.dir of a missing package": (["run.dir=gs://bucket/run"], ["run.dir is 'gs://bucket/run'", "package", "gcsfs"]),
     # More than any machine has, so that the test means the same on one with GPUs.
@@ -325,6 +325,7 @@ def finish(folder):
     run_folder.write_json(folder / "summary.json", summary | rows | {"rows_quarantined": 0, "eval": None})
     (folder / "final").mkdir()
     (folder / "final" / "config.json").write_text("{}")
+    (folder / "report.html").write_text("")
 
 
 def contents(folder):

@@ -19,6 +19,7 @@ LAYERS = (
     {
         "benchmarks",
         "cluster",
+        "submission",
         "layout",
         "elastic",
         "run_folder",
