@@ -1,12 +1,15 @@
 """What a run tells Prometheus through Ray: one table, and the one way to send a value of it.
 
 Ray puts `ray_` before each name on the metrics port of the node and adds labels of its own (SessionName, WorkerId,
-Component, ...), so that two teachers are two series. A gauge goes with its process, a counter stays on its node with
-its last value; Ray's histograms are right in buckets and count alone (their sum is that of the buckets' middles), so
-seconds that are added up have a counter as well. Ray lets no counter begin at 0: it is there from its first event on.
+Component, ...), so that two teachers are two series. A gauge stays as long as its process and goes with it, a counter
+stays on its node with its last value; Ray's histograms are right in buckets and count alone (their sum is that of the
+buckets' middles), so seconds that are added up have a counter as well. Ray lets no counter begin at 0: it is there from
+its first event on.
 """
 
 import math
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -118,23 +121,49 @@ def tag_keys(metric: Metric) -> tuple[str, ...]:
 
 
 class _Ray:
-    """Ray's own metrics, made when they are first needed."""
+    """Ray's own metrics, made when they are first needed.
+
+    Ray drops a gauge that was not set for two of its report intervals (20 s), and with it the time of the last step of
+    a trainer that hangs: a thread sets all of them again as long as their process lives.
+    """
 
     def __init__(self) -> None:
         self._made: dict[str, Any] = {}
+        self._making = threading.Lock()
+        self._gauges: dict[tuple[str, tuple[str, ...]], tuple[Any, float, dict[str, str]]] = {}
 
     def __call__(self, metric: Metric, value: float, tags: dict[str, str]) -> None:
-        from ray.util import metrics
-
-        keys = tag_keys(metric)
-        made = self._made.get(metric.name)
-        if metric.kind == GAUGE:
-            made = made or metrics.Gauge(metric.name, metric.sentence, keys)
-            made.set(value, tags)
-        elif metric.kind == COUNTER:
-            made = made or metrics.Counter(metric.name, metric.sentence, keys)
+        with self._making:  # a checkpoint is counted by the thread that wrote it
+            if metric.name not in self._made:
+                self._made[metric.name] = _made(metric)
+        made = self._made[metric.name]
+        if metric.kind == COUNTER:
             made.inc(value, tags)
-        else:
-            made = made or metrics.Histogram(metric.name, metric.sentence, list(metric.buckets), keys)
+        elif metric.kind == HISTOGRAM:
             made.observe(value, tags)
-        self._made[metric.name] = made
+        else:
+            made.set(value, tags)
+            is_first = not self._gauges
+            self._gauges[metric.name, tuple(tags.values())] = (made, value, tags)
+            if is_first:
+                threading.Thread(target=self._set_again, name="gauges", daemon=True).start()
+
+    def _set_again(self) -> None:
+        import ray
+
+        every_s = max(1.0, ray._config.metrics_report_interval_ms() / 1000) / 2
+        while True:
+            time.sleep(every_s)
+            if not ray.is_initialized():
+                return
+            for made, value, tags in list(self._gauges.values()):
+                made.set(value, tags)
+
+
+def _made(metric: Metric) -> Any:
+    from ray.util import metrics
+
+    keys = tag_keys(metric)
+    if metric.kind == HISTOGRAM:
+        return metrics.Histogram(metric.name, metric.sentence, list(metric.buckets), keys)
+    return (metrics.Gauge if metric.kind == GAUGE else metrics.Counter)(metric.name, metric.sentence, keys)

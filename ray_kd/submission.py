@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Mapping
 from dataclasses import fields
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from ray_kd import redact
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _STOP_WAIT = "RAY_JOB_STOP_WAIT_TIME_S"  # from SIGTERM to SIGKILL: Ray's 3 are too few to save a checkpoint
-_JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # of the drivers that a job's supervisor starts
+_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # of the drivers that a job's supervisor starts
 _SUBMISSION_ID = "job_submission_id"
 _SHOW_EVERY_S = 5.0
 _CALL_S = 2.0
@@ -59,21 +59,21 @@ def job_config(config: RunConfig) -> "JobConfig":
 
 
 def check_outputs(config: RunConfig) -> None:
-    """Refuse, in a submitted job, folders to write that are relative. Raises ConfigError.
+    """Refuse, in a submitted job, folders to write in the copy that Ray made of its working folder. Raises ConfigError.
 
-    They would lie in the copy that Ray made of the working folder, on one node, and go with the job.
+    Each node has its own, and deletes it. A driver begins in it, so relative paths lie there.
     """
-    if _submitted() is None:
+    if not (_job_config().get("runtime_env") or {}).get("working_dir"):
         return
     for key, value in (
         ("run.dir", config.run.dir),
         ("data.prepared_dir", config.data.prepared_dir),
         ("teacher.cache.path", config.teacher.cache.path),
     ):
-        if value and "://" not in value and not PurePath(os.path.expanduser(value)).is_absolute():
+        if value and "://" not in value and Path(value).absolute().is_relative_to(Path.cwd()):
             raise ConfigError(
-                f"{key} is '{value}', which in a submitted job lies in a copy of the working folder that Ray deletes: "
-                "allowed is an absolute path that all nodes share, or a URI (s3://...)"
+                f"{key} is '{value}', in the copy of the working folder that Ray made for this job and deletes: "
+                "allowed is an absolute path elsewhere that all nodes share, or a URI (s3://...)"
             )
 
 
@@ -109,9 +109,13 @@ class Job:
 
 def _submitted() -> dict[str, str] | None:
     """The metadata that a submitted job began with; None where this process is no driver of one."""
-    text = os.environ.get(_JOB_CONFIG)
-    metadata: dict[str, str] = {} if text is None else json.loads(text).get("metadata") or {}
+    metadata: dict[str, str] = _job_config().get("metadata") or {}
     return metadata if _SUBMISSION_ID in metadata else None
+
+
+def _job_config() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(os.environ.get(_VARIABLE) or "{}")
+    return found
 
 
 def _add_metadata(job_id: str, metadata: Mapping[str, str]) -> bool:

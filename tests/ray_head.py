@@ -115,14 +115,14 @@ def ray_head(environment: dict[str, str], num_cpus: int) -> Iterator[RayHead]:
     finally:
         started = psutil.Process(process.pid).children(recursive=True)
         process.terminate()
-        try:
-            process.wait(timeout=60)
-        finally:
-            for left in started:
-                with suppress(psutil.NoSuchProcess):
-                    left.kill()
-            log.close()
-            shutil.rmtree(temporary, ignore_errors=True)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=10)
+        process.kill()
+        for left in started:
+            with suppress(psutil.NoSuchProcess):
+                left.kill()
+        log.close()
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _answers(head: RayHead, process: "subprocess.Popen[bytes]", log: Path) -> bool:

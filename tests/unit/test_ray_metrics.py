@@ -1,7 +1,10 @@
 """The table of what is exported, and that each value goes out by its metric's kind, with all of its tags."""
 
 import re
+import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -89,3 +92,28 @@ def test_ray_gets_each_by_its_kind(monkeypatch):
     wanted = [(kinds[metric.kind], value) for metric in METRICS.values() for value in (2.0, 3.0)]
     assert [(kind, value) for kind, value, _ in recorded] == wanted
     assert all(tags["run"] == "mine" for _, _, tags in recorded)
+
+
+def test_a_gauge_is_set_again_and_again(monkeypatch):
+    """Ray drops one that was not set for two report intervals: a stalled trainer would raise no alert."""
+    from ray.util import metrics
+
+    recorded, is_alive = [], True
+    monkeypatch.setattr(metrics.Metric, "_record", lambda self, value, tags=None: recorded.append((self._name, value)))
+    monkeypatch.setattr("ray.is_initialized", lambda: is_alive)
+    monkeypatch.setattr("ray._config", SimpleNamespace(metrics_report_interval_ms=lambda: 1000))
+    others = set(threading.enumerate())
+    exporter = Exporter("mine")
+    exporter.send("raykd_train_step", 1)
+    exporter.send("raykd_train_step", 2)
+    exporter.send("raykd_rows_total", 8)
+    del recorded[:]
+    (thread,) = set(threading.enumerate()) - others
+    deadline = time.monotonic() + 20
+    while len(recorded) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    is_alive = False
+    thread.join(timeout=20)
+    assert not thread.is_alive()
+    assert set(recorded) == {("raykd_train_step", 2)}
+    assert len(recorded) >= 2

@@ -123,8 +123,8 @@ def test_secrets_stay_masked(tmp_path):
 
     run = config.load(None, [
         f"run.dir={tmp_path / 'mine'}", "data.source={kind: jsonl, paths: [x]}", "teacher.model=t", "student.model=s",
-        "train.deepspeed={monitor: {api_key: hunter2, hub_token: hunter3}}",
     ])  # fmt: skip
+    run.train.deepspeed = {"monitor": {"api_key": "hunter2", "hub_token": "hunter3"}}  # refused where it is read
     folder = write_run(tmp_path / "mine")
     run_folder.record(folder, run, {})
     html = report.render([(folder, ())])
