@@ -36,6 +36,7 @@ LAYERS = (
         "report",
     },
     {"pipeline"},
+    {"preflight"},
     {"cli"},
     {"__main__", "jobs"},
 )

@@ -1,0 +1,88 @@
+"""What a check says, what all say together, and what they know of the run so far."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from ray_kd.cluster import Joined
+from ray_kd.config import RunConfig
+from ray_kd.errors import EXIT_DONE
+
+if TYPE_CHECKING:
+    from ray_kd.data.manifest import Manifest
+    from ray_kd.data.plan import Plan
+    from ray_kd.data.sample import Sample
+    from ray_kd.validate import Models
+
+OK, WARNING, FAILED, SKIPPED = "ok", "warning", "failed", "skipped"
+
+Join = Callable[[RunConfig], AbstractContextManager[Joined]]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one check saw, in one line."""
+
+    check: str
+    state: str
+    """ok | warning (the run starts all the same) | failed | skipped (it could not look, or was told not to)."""
+    seen: str
+    exit_code: int = EXIT_DONE
+    """Of the run, where the check failed."""
+
+    def __str__(self) -> str:
+        return f"{self.state:<9}{self.check:<15}{self.seen}"
+
+
+@dataclass(frozen=True)
+class Report:
+    """The findings of all checks, in the order in which a run would come to them."""
+
+    findings: list[Finding]
+
+    @property
+    def exit_code(self) -> int:
+        """What the run itself would end with: the code of the first check that failed, 0 where none did."""
+        return next((finding.exit_code for finding in self.findings if finding.state == FAILED), EXIT_DONE)
+
+    @property
+    def verdict(self) -> str:
+        """One line on what follows."""
+        counts = {state: sum(f.state == state for f in self.findings) for state in (FAILED, WARNING, SKIPPED)}
+        also = "".join(f", {count} {state}" for state, count in list(counts.items())[1:] if count)
+        if not counts[FAILED]:
+            return f"Nothing failed{also}: the run can start."
+        return f"{counts[FAILED]} failed{also}: the run would end with exit code {self.exit_code}."
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "exit_code": self.exit_code,
+            "verdict": self.verdict,
+            "findings": [asdict(finding) for finding in self.findings],
+        }
+
+    def __str__(self) -> str:
+        return "\n".join([*map(str, self.findings), "", self.verdict])
+
+
+@dataclass
+class Subject:
+    """A run that is to be started, and what the checks so far found out about it; None: nothing yet."""
+
+    config: RunConfig
+    join: Join
+    is_offline: bool
+    has_values: bool = False
+    """The values of plain keys are in their ranges: sums can be made of them."""
+    models: "Models | None" = None
+    trained: int | None = None
+    """Parameters of the student that train."""
+    total: int | None = None
+    """Parameters of the student."""
+    plan: "Plan | None" = None
+    sample: "Sample | None" = None
+    """Of the training source."""
+    manifest: "Manifest | None" = None
+    """Of the prepared data, where it is there already."""
