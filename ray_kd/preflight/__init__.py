@@ -35,10 +35,13 @@ class _Check:
     name: str
     look: Callable[[Subject], Iterator[Finding]]
     needs: tuple[str, ...] = ()
-    """What it uses of the `Subject`, and which check finds that out, in words."""
+    """What it uses of the `Subject`."""
 
 
-_FOUND_BY = {"has_values": "config", "models": "models", "trained": "student", "plan": "records", "sample": "records"}
+_FOUND_BY = {
+    "has_values": "config", "has_settings": "settings", "has_sources": "sources", "models": "models",
+    "trained": "student", "plan": "records", "sample": "records",
+}  # fmt: skip
 """Part of the subject -> the check that finds it out."""
 
 CHECKS = (
@@ -48,17 +51,17 @@ CHECKS = (
     _Check("packages", check_packages),
     _Check("network", check_network),
     _Check("sources", check_sources),
-    _Check("records", check_records, ("has_values",)),
+    _Check("records", check_records, ("has_values", "has_sources")),
     _Check("prepared data", check_prepared, ("plan",)),
     _Check("models", check_models, ("has_values",)),
-    _Check("student", check_trained, ("models",)),
+    _Check("student", check_trained, ("has_settings", "models")),
     _Check("template", check_template, ("sample",)),
     _Check("alignment", check_alignment, ("sample",)),
     _Check("server", check_server, ("models", "sample")),
-    _Check("layout", check_fit, ("has_values",)),
+    _Check("layout", check_fit, ("has_settings",)),
     _Check("run.dir", check_run_dir),
     _Check("permissions", check_permissions),
-    _Check("disk", check_disk, ("has_values", "models", "trained")),
+    _Check("disk", check_disk, ("models", "trained")),
 )
 
 
@@ -80,7 +83,7 @@ def examine(
 def _run(check: _Check, subject: Subject) -> list[Finding]:
     missing = [_FOUND_BY[name] for name in check.needs if getattr(subject, name) in (None, False)]
     if missing:
-        return [Finding(check.name, SKIPPED, f"it needs what '{missing[0]}' did not find out")]
+        return [Finding(check.name, SKIPPED, f"it needs what the check '{missing[0]}' did not find out")]
     found: list[Finding] = []
     with _warnings(check.name) as warnings:
         try:

@@ -18,6 +18,7 @@ def check_sources(subject: Subject) -> Iterator[Finding]:
     """The data section is right and its files exist."""
     data = subject.config.data
     validate.check_data(subject.config)
+    subject.has_sources = True
     held_out = "data.eval_source" if data.eval_source is not None else f"{data.eval_fraction:g} of them"
     has_eval = data.eval_source is not None or data.eval_fraction > 0
     seen = f"{plugins.kind_of(data.source)} as {plugins.kind_of(data.format)}"

@@ -20,7 +20,9 @@ _DISTRIBUTION = "ray_kd"
 def check_packages(subject: Subject) -> Iterator[Finding]:
     """Each package is there, in a version that pyproject.toml allows."""
     extras = dict(_extras(subject.config))
-    missing, outside, right = [], [], []
+    missing: list[str] = []
+    outside: list[str] = []
+    right: list[str] = []
     for requirement, extra in _requirements(set(extras)):
         try:
             version = metadata.version(requirement.name)

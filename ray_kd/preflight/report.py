@@ -76,6 +76,10 @@ class Subject:
     is_offline: bool
     has_values: bool = False
     """The values of plain keys are in their ranges: sums can be made of them."""
+    has_settings: bool = False
+    """... and go together."""
+    has_sources: bool = False
+    """The data section is right and its files exist."""
     models: "Models | None" = None
     trained: int | None = None
     """Parameters of the student that train."""

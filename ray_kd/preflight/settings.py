@@ -24,6 +24,7 @@ def check_settings(subject: Subject) -> Iterator[Finding]:
     """Which values go together, and which of them change nothing."""
     config = subject.config
     validate.check_settings(config)
+    subject.has_settings = True
     validate.warn_without_effect(config)
     terms = " + ".join(str(term["kind"]) for term in config.loss.terms)
     kind = plugins.kind_of(config.loss.divergence)
