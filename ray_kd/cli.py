@@ -11,6 +11,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -220,12 +221,13 @@ def doctor(argv: list[str]) -> int:
 def preflight(argv: list[str]) -> int:
     """Check whether a run can start: config, packages, data, models, template and alignment, layout, disk, permissions.
 
-    Changes nothing, loads no model and starts no Ray; a configured cluster is joined for a moment.
+    Changes nothing and starts no Ray; a configured cluster is joined for a moment.
     """
     parser = _config_parser(argv, "preflight", preflight.__doc__)
     parser.add_argument(
         "--offline", action="store_true", help="ask nothing but this machine: no hub, server or cluster"
     )
+    parser.add_argument("--load", action="store_true", help="load both models here and try one row")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
     options = parser.parse_intermixed_args(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -233,7 +235,8 @@ def preflight(argv: list[str]) -> int:
         os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's client is imported
     from ray_kd.preflight import examine
 
-    report = examine(lambda: configuration.load(options.config, options.overrides), offline=options.offline)
+    load = partial(configuration.load, options.config, options.overrides)
+    report = examine(load, offline=options.offline, loads=options.load)
     print(json.dumps(report.to_dict()) if options.json else report)
     return report.exit_code
 

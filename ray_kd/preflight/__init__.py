@@ -3,8 +3,9 @@
 In: a config. Out: a `Report` of findings. Each rule is the one that the run itself applies (`validate`, `layout`,
 `run_folder`, `cluster`); here one that is broken does not keep the others from being looked at. The run folder is not
 made or written: what has to be tried is tried with a small file in the nearest folder there is, which goes again.
-Cost: a pass over the bytes of the sources, the tokenizer and the models' headers. No model is loaded and no Ray is
-started; a configured cluster is joined for a moment. Offline nothing but this machine is asked.
+Cost: a pass over the bytes of the sources, the tokenizer and the models' headers. No model is loaded unless that is
+asked for (`forward.py`), and no Ray is started; a configured cluster is joined for a moment. Offline nothing but this
+machine is asked.
 
 The checks stand in the order in which a run would come to them, and a later one uses what an earlier one found.
 """
@@ -20,6 +21,7 @@ from ray_kd.errors import ConfigError, RayKDError
 from ray_kd.preflight.alignment import check_alignment, check_template
 from ray_kd.preflight.data import check_prepared, check_records, check_sources
 from ray_kd.preflight.fit import check_fit
+from ray_kd.preflight.forward import check_forward
 from ray_kd.preflight.models import check_models, check_trained
 from ray_kd.preflight.packages import check_packages
 from ray_kd.preflight.report import FAILED, OK, SKIPPED, WARNING, Finding, Join, Report, Subject
@@ -62,18 +64,20 @@ CHECKS = (
     _Check("run.dir", check_run_dir),
     _Check("permissions", check_permissions),
     _Check("disk", check_disk, ("models", "trained")),
+    _Check("forward", check_forward, ("has_settings", "models", "sample")),
 )
 
 
 def examine(
-    load: Callable[[], RunConfig], *, offline: bool = False, join: Join = cluster.joining
+    load: Callable[[], RunConfig], *, offline: bool = False, loads: bool = False, join: Join = cluster.joining
 ) -> Report:  # fmt: skip
     """Check what a config needs, all of it.
 
-    load: gives the config, or raises ConfigError, which is then the one thing found. join: the cluster to look at.
+    load: gives the config, or raises ConfigError, which is then the one thing found. loads: models may be loaded, for
+    the last check. join: the cluster to look at.
     """
     try:
-        subject = Subject(load(), join, offline)
+        subject = Subject(load(), join, offline, loads)
     except ConfigError as error:
         rest = [Finding(check.name, SKIPPED, "there is no config to look at") for check in CHECKS[1:]]
         return Report([Finding("config", FAILED, str(error), error.exit_code), *rest])

@@ -74,6 +74,8 @@ class Subject:
     config: RunConfig
     join: Join
     is_offline: bool
+    loads: bool
+    """Models may be loaded here."""
     has_values: bool = False
     """The values of plain keys are in their ranges: sums can be made of them."""
     has_settings: bool = False

@@ -102,7 +102,9 @@ JOINS = ("cluster.address=127.0.0.1:6379",)
 def test_a_run_that_can_start_is_said_to_and_nothing_is_left(look, tmp_path):
     report = look()
     assert report.exit_code == 0
-    assert {finding.state for finding in report.findings} == {OK}, str(report)
+    *others, last = report.findings
+    assert {finding.state for finding in others} == {OK}, str(report)
+    assert (last.check, last.state) == ("forward", SKIPPED)
     assert files_below(tmp_path) == []
     assert "30 of all 30 records usable" in of(report, "records")[0].seen
     template, decoded = of(report, "template")
@@ -110,7 +112,7 @@ def test_a_run_that_can_start_is_said_to_and_nothing_is_left(look, tmp_path):
     assert decoded.seen.startswith("in all 30 records the labels, decoded, are the answers' text")
     assert "16 documents in" in of(report, "alignment")[0].seen
     assert "2 layers of width 64" in of(report, "models")[1].seen
-    assert str(report).endswith("Nothing failed: the run can start.")
+    assert str(report).endswith("Nothing failed, 1 skipped: the run can start.")
 
 
 def test_one_that_failed_does_not_keep_the_others_from_being_looked_at(look, tmp_path):
@@ -336,6 +338,36 @@ def test_a_run_in_a_store_is_tried_there(look, object_store, monkeypatch, tmp_pa
     (failed,) = of(look("run.dir=s3://no-such-bucket/mine"), "run.dir")
     assert failed.state == FAILED
     assert of(look(f"run.dir={uri}", offline=True), "run.dir")[0].state == SKIPPED
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [(), ("student.model=null", "student.init.layers=2", "teacher.dtype=bfloat16", "loss.tail=renormalize",
+          "loss.terms=[{kind: kd}, {kind: ce, weight: 0.5}]")],
+)  # fmt: skip
+def test_a_row_goes_through_both_models(look, tmp_path, overrides):
+    teacher, student = of(look(*overrides, loads=True), "forward")
+    assert (teacher.state, student.state) == (OK, OK)
+    assert "it names the likeliest token of a plain forward" in teacher.seen
+    assert "tokens/s" in student.seen
+    assert files_below(tmp_path) == []
+
+
+def test_what_loaded_models_get_wrong_is_seen(look, monkeypatch):
+    from ray_kd.teacher.engines.hf import Engine
+    from ray_kd.trainer import step
+
+    true_annotate, true_forward = Engine.annotate, step.DistillModule.forward
+
+    def annotate(self, rows, request):
+        return true_annotate(self, {**rows, "input_ids": np.roll(rows["input_ids"], 1)}, request)
+
+    monkeypatch.setattr(Engine, "annotate", annotate)
+    monkeypatch.setattr(step.DistillModule, "forward", lambda *given: true_forward(*given) * float("nan"))
+    teacher, student = of(look(loads=True), "forward")
+    assert (teacher.state, teacher.exit_code) == (FAILED, 70)
+    assert (student.state, student.exit_code) == (FAILED, 64)
+    assert "loss nan" in student.seen
 
 
 def test_every_check_says_something(look):
