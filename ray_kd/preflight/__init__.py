@@ -7,7 +7,7 @@ Cost: a pass over the bytes of the sources, the tokenizer and the models' header
 asked for (`forward.py`), and no Ray is started; a configured cluster is joined for a moment. Offline nothing but this
 machine is asked.
 
-The checks stand in the order in which a run would come to them, and a later one uses what an earlier one found.
+A later check uses what an earlier one found.
 """
 
 import logging

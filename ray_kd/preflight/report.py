@@ -37,20 +37,24 @@ class Finding:
 
 @dataclass(frozen=True)
 class Report:
-    """The findings of all checks, in the order in which a run would come to them."""
+    """The findings of all checks."""
 
     findings: list[Finding]
 
     @property
     def exit_code(self) -> int:
-        """What the run itself would end with: the code of the first check that failed, 0 where none did."""
-        return next((finding.exit_code for finding in self.findings if finding.state == FAILED), EXIT_DONE)
+        """What the run itself would end with, 0 where nothing failed.
+
+        Codes rise in the order in which it would come to them: settings and models, records, what shows while it runs.
+        """
+        return min((finding.exit_code for finding in self.findings if finding.state == FAILED), default=EXIT_DONE)
 
     @property
     def verdict(self) -> str:
         """One line on what follows."""
         counts = {state: sum(f.state == state for f in self.findings) for state in (FAILED, WARNING, SKIPPED)}
-        also = "".join(f", {count} {state}" for state, count in list(counts.items())[1:] if count)
+        also = f", {counts[WARNING]} warning{'s' * (counts[WARNING] > 1)}" if counts[WARNING] else ""
+        also += f", {counts[SKIPPED]} skipped" if counts[SKIPPED] else ""
         if not counts[FAILED]:
             return f"Nothing failed{also}: the run can start."
         return f"{counts[FAILED]} failed{also}: the run would end with exit code {self.exit_code}."

@@ -149,6 +149,9 @@ def test_records_that_cannot_be_used_are_65_and_named(look, home):
     assert (failed.state, failed.exit_code, usable.state) == (FAILED, 65, OK)
     assert f"3 of all 4 records of data.source (75.0%) cannot be used, the first at {bad}:1" in failed.seen
     assert "field 'messages' is missing (3)" in failed.seen
+    # A run refuses its settings before it reads a record.
+    assert look(f"data.source.paths=[{bad}]").exit_code == 65
+    assert look(f"data.source.paths=[{bad}]", "teacher.top_k=1000").exit_code == 64
     (warned, _) = of(look(f"data.source.paths=[{bad}]", "data.max_bad_fraction=0.8"), "records")
     assert warned.state == WARNING
 
@@ -324,6 +327,8 @@ def test_packages_are_held_against_what_is_required(look, monkeypatch):
     failed = of(look("teacher.engine=vllm"), "packages")[0]
     assert (failed.state, failed.exit_code) == (FAILED, 64)
     assert failed.seen == "vllm is not installed here for teacher.engine=vllm: pip install '.[vllm]'"
+    (warned,) = of(look("teacher.engine=vllm", *JOINS, offline=True), "packages")
+    assert (warned.state, warned.seen.startswith("vllm is not installed here")) == (WARNING, True)
 
 
 def test_a_run_in_a_store_is_tried_there(look, object_store, monkeypatch, tmp_path):
