@@ -11,6 +11,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -242,6 +243,29 @@ def report(argv: list[str]) -> int:
     return EXIT_DONE
 
 
+def preflight(argv: list[str]) -> int:
+    """Check whether a run can start: config, packages, data, models, template and alignment, layout, disk, permissions.
+
+    Changes nothing and starts no Ray; a configured cluster is joined for a moment.
+    """
+    parser = _config_parser(argv, "preflight", preflight.__doc__)
+    parser.add_argument(
+        "--offline", action="store_true", help="ask nothing but this machine: no hub, server or cluster"
+    )
+    parser.add_argument("--load", action="store_true", help="load both models here and try one row")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
+    options = parser.parse_intermixed_args(argv)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if options.offline:
+        os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's client is imported
+    from ray_kd.preflight import examine
+
+    load = partial(configuration.load, options.config, options.overrides)
+    report = examine(load, offline=options.offline, loads=options.load)
+    print(json.dumps(report.to_dict()) if options.json else report)
+    return report.exit_code
+
+
 JOBS: dict[str, Callable[[list[str]], int]] = {
     "distill": distill,
     "prepare_data": prepare_data,
@@ -250,17 +274,13 @@ JOBS: dict[str, Callable[[list[str]], int]] = {
     "export": export,
     "doctor": doctor,
     "report": report,
+    "preflight": preflight,
 }
 
 
 def _config_from(argv: list[str], job: str, description: str | None) -> configuration.RunConfig | None:
     """The config named on the command line; None when it was only to be printed."""
-    parser = Parser(job, description=description, epilog=_key_help() if {"-h", "--help"} & set(argv) else None,
-                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("config", help="YAML file (configs/ has complete ones)")
-    parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="key=value", help="e.g. train.max_steps=50 student.init.layers=15"
-    )
+    parser = _config_parser(argv, job, description)
     parser.add_argument("--print-config", action="store_true", help="print the resolved config and exit")
     options = parser.parse_intermixed_args(argv)
     config = configuration.load(options.config, options.overrides)
@@ -269,6 +289,17 @@ def _config_from(argv: list[str], job: str, description: str | None) -> configur
         print(configuration.to_yaml(config), end="")
         return None
     return config
+
+
+def _config_parser(argv: list[str], job: str, description: str | None) -> Parser:
+    """For a config and its overrides; more options may be added."""
+    parser = Parser(job, description=description, epilog=_key_help() if {"-h", "--help"} & set(argv) else None,
+                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("config", help="YAML file (configs/ has complete ones)")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="e.g. train.max_steps=50 student.init.layers=15"
+    )
+    return parser
 
 
 def _config_of_run(run_dir: Path) -> configuration.RunConfig:

@@ -23,7 +23,7 @@ from typing import Any
 from ray_kd import redact, storage, submission
 from ray_kd.config import Pool, RunConfig, Teacher, each_teacher, worker_range
 from ray_kd.errors import ConfigError, RetryableError
-from ray_kd.layout import READ_CPUS, REPARTITION_CPUS, Layout, Node, cautions, find_problem
+from ray_kd.layout import READ_CPUS, REPARTITION_CPUS, Layout, Node, Problem, cautions, find_problem, matches
 from ray_kd.teacher.deaths import REFUSED_AFTER
 
 logger = logging.getLogger(__name__)
@@ -42,6 +42,10 @@ class Demand:
 
     num_cpus: float
     num_gpus: float
+
+    @property
+    def whole_cpus(self) -> int:
+        return -int(-self.num_cpus // 1)
 
     @classmethod
     def of(cls, config: RunConfig) -> "Demand":
@@ -193,20 +197,38 @@ class Head:
                 ) from error
 
 
-def check_local_gpus(config: RunConfig) -> None:
-    """Refuse GPUs that this machine does not have, when the run is to start a Ray of its own. Raises ConfigError."""
+def local_node(config: RunConfig) -> Node:
+    """This machine as a local Ray has it: as many logical CPUs as the run may ever take, its own GPUs, no labels."""
     demand = Demand.of(config)
-    if address(config) is not None or demand.num_gpus == 0:
-        return
-    import torch
+    num_gpus = 0
+    if demand.num_gpus:
+        import torch
 
-    found = torch.cuda.device_count()
+        num_gpus = torch.cuda.device_count()
+    return Node("this machine", demand.whole_cpus, num_gpus, labels={}, is_head=True)
+
+
+def check_local(config: RunConfig) -> None:
+    """Refuse GPUs and labels that this machine does not have, when the run is to start a Ray of its own.
+
+    Raises ConfigError.
+    """
+    if address(config) is not None:
+        return
+    demand, node = Demand.of(config), local_node(config)
+    for group in Layout.of(config).groups:
+        if not matches(node.labels, group.labels):
+            raise ConfigError(
+                f"{group.key}.label_selector is {dict(group.labels)}: a local Ray has no labels, allowed is {{}}, or a "
+                "cluster to join (cluster.address)"
+            )
+    found = node.num_gpus
     if found < demand.num_gpus:
         raise ConfigError(
             f"the layout needs {demand.num_gpus:g} GPUs (train.gpus_per_worker={config.train.gpus_per_worker:g} x "
             f"{worker_range(config.train)[1]} workers + teacher.pool.num_gpus="
             f"{' + '.join(f'{pool.num_gpus:g} x {pool.max_actors} actors' for pool in pools_of(config))}) and this "
-            f"machine has {found}: set them to 0, or join a cluster"
+            f"machine has {found:g}: set them to 0, or join a cluster"
         )
 
 
@@ -294,7 +316,7 @@ def _begin(config: RunConfig, where: str | None) -> None:
         if where is None:
             context = ray.init(
                 address="local",
-                num_cpus=-int(-Demand.of(config).num_cpus // 1),
+                num_cpus=Demand.of(config).whole_cpus,
                 include_dashboard=bool(config.cluster.dashboard),
                 dashboard_host="127.0.0.1",
                 log_to_driver=False,
@@ -331,31 +353,70 @@ def _wait_for_layout(layout: Layout, wait_s: float) -> None:
     which there is too little after wait_s: the nodes of a cluster do not all come at once. Raises ConfigError for both;
     RetryableError after wait_s where an autoscaler may yet start nodes, or one that would have done is lost.
     """
-    from ray.data._internal.cluster_autoscaler.util import is_autoscaling_enabled
-
+    joined = Joined()
     start = changed = time.monotonic()
     known: set[str] = set()
     while True:
-        alive, lost = _nodes()
-        can_grow = is_autoscaling_enabled()
-        problem = find_problem(layout, alive, can_grow)
+        seen = joined.look()
+        problem = seen.problem(layout)
         if problem is None:
-            for line in cautions(layout, alive, can_grow):
+            for line in cautions(layout, seen.alive, seen.can_grow):
                 logger.warning("%s", line)
             return
         now = time.monotonic()
-        if names := {node.name for node in alive} - known:
+        if names := {node.name for node in seen.alive} - known:
             known |= names
             changed = now
-        if not can_grow and not problem.is_short and now - changed >= min(wait_s, _SETTLED_S):
+        if not seen.can_grow and not problem.is_short and now - changed >= min(wait_s, _SETTLED_S):
             raise ConfigError(problem.text)
         if now - start >= wait_s:
             waited = f"{problem.text} (waited cluster.wait_s={wait_s:g} s)"
-            if can_grow or (lost and find_problem(layout, [*alive, *lost]) is None):
+            if seen.can_grow or (seen.lost and find_problem(layout, [*seen.alive, *seen.lost]) is None):
                 raise RetryableError(waited)
             raise ConfigError(waited)
         logger.info("waiting for the cluster: %s", problem.text)
         time.sleep(_LOOK_S)
+
+
+@dataclass(frozen=True)
+class Look:
+    """A cluster at one moment."""
+
+    alive: list[Node]
+    lost: list[Node]
+    can_grow: bool
+    """There is an autoscaler."""
+
+    def problem(self, layout: Layout) -> Problem | None:
+        """What keeps the layout from running on it now."""
+        return find_problem(layout, self.alive, self.can_grow)
+
+
+class Joined:
+    """The cluster that this process has joined, as far as it is looked at before anything runs on it."""
+
+    def look(self) -> Look:
+        """Its nodes now."""
+        from ray.data._internal.cluster_autoscaler.util import is_autoscaling_enabled
+
+        return Look(*_nodes(), is_autoscaling_enabled())
+
+    def object_store_nbytes(self) -> int:
+        """Of all its nodes."""
+        import ray
+
+        return int(ray.cluster_resources().get("object_store_memory", 0))
+
+    def check_shared(self, folder: Path, timeout_s: float, key: str) -> None:
+        """As `check_shared`."""
+        check_shared(folder, timeout_s, key)
+
+
+@contextmanager
+def joining(config: RunConfig) -> Iterator[Joined]:
+    """The configured cluster for the length of the block, whatever its nodes hold. Raises as `connected` does."""
+    with connected(config, trains=False):
+        yield Joined()
 
 
 def _nodes() -> tuple[list[Node], list[Node]]:

@@ -76,6 +76,23 @@ def check_terms(config: RunConfig) -> None:
         )
 
 
+def idle_terms(config: RunConfig, num_steps: int | None) -> list[str]:
+    """Where the terms stand (loss.terms[2]) whose weight is 0 at each of the run's steps.
+
+    num_steps: None where it is not known; the schedules are then looked at to their end.
+    Raises ConfigError when that is true of all of them.
+    """
+    entries = _entries(config)
+    idle = [entry.key for entry in entries if entry.weight.is_zero_until(num_steps)]
+    if len(idle) == len(entries):
+        until = f" at each of the run's {num_steps} steps" if num_steps is not None else ""
+        raise ConfigError(
+            f"loss.terms: all weights are 0{until}, so nothing would be trained: allowed is a weight above 0 by then "
+            "(a smaller from_step, or more steps)"
+        )
+    return idle
+
+
 def check_models(config: RunConfig, teacher: "PreTrainedConfig", student: "PreTrainedConfig | None") -> None:
     """Refuse feature terms that do not fit the two models, and a payload that is too large for the link; report it.
 

@@ -90,7 +90,7 @@ def distill(config: RunConfig) -> dict[str, Any]:
         check_settings(config)  # before the next line calls a wrong value another run
         run_folder.check_identity(run_dir, config)
         if run_folder.has_moved(run_dir, config):
-            run_folder.check_content(run_dir, _content(config, _plan(config)))
+            run_folder.check_content(run_dir, content_of(config, plan_of(config)))
         logger.info("run %s is finished already; nothing to do", run_dir)
         if not (run_dir / run_folder.REPORT).exists():  # of a version that wrote none
             _write_report(run_dir)
@@ -99,8 +99,8 @@ def distill(config: RunConfig) -> dict[str, Any]:
         check_settings(config)
         run_folder.check_identity(run_dir, config)
         vocab_size = validate(config).vocab_size
-        plan = _plan(config)
-        content = _content(config, plan)
+        plan = plan_of(config)
+        content = content_of(config, plan)
         run_folder.check_content(run_dir, content)  # before anything is written: the run may be another
         _sweep(run_dir)
         planned = None
@@ -111,10 +111,10 @@ def distill(config: RunConfig) -> dict[str, Any]:
             cluster.check_shared(run_dir, config.train.timeout_s)
             prepared = prepare(config, run_dir / QUARANTINE, plan)
             teachers = _teachers(config, prepared, vocab_size)  # which may refuse, so before it is recorded
-            run_folder.record(run_dir, config, content)
             order = _order(config, prepared.manifest)
             planned = summary.Planned.of(prepared.manifest, order)
-            _warn(config, order)
+            _warn(config, order)  # which may refuse, too
+            run_folder.record(run_dir, config, content)
             student_path = _student(config, run_dir, prepared)
             payload = _teacher_payload(config, run_dir, vocab_size, teachers)
             _fit(config, run_dir, held, job, prepared, order, student_path, payload)
@@ -198,7 +198,8 @@ def prepare(config: RunConfig, quarantine_path: Path | None = None, plan: "Plan 
     return prepared
 
 
-def _plan(config: RunConfig) -> "Plan":
+def plan_of(config: RunConfig) -> "Plan":
+    """What would be prepared. Costs a pass over the sources; raises ConfigError."""
     from ray_kd.data.plan import plan_preparation
 
     return plan_preparation(config.data, config.teacher.model, config.teacher.revision, config.run.seed)
@@ -217,7 +218,8 @@ def _sweep(run_dir: Path) -> None:
                 storage.remove(path) if path.is_dir() else path.unlink()
 
 
-def _content(config: RunConfig, plan: "Plan") -> dict[str, str]:
+def content_of(config: RunConfig, plan: "Plan") -> dict[str, str]:
+    """Fingerprints of the data and of the models, which identify a run: what -> fingerprint."""
     from ray_kd.models import model_identity
 
     content = {
@@ -242,8 +244,12 @@ def _order(config: RunConfig, manifest: "Manifest") -> SlotOrder:
 
 
 def _warn(config: RunConfig, order: SlotOrder) -> None:
-    """Say what has no effect, and what repeated epochs cost."""
+    """Say what has no effect, and what repeated epochs cost. Raises ConfigError when no term of the loss has any."""
     train_options = config.train
+    known = objectives.idle_terms(config, train_options.max_steps)  # validation said so
+    for key in objectives.idle_terms(config, order.num_steps):
+        if key not in known:
+            logger.warning("%s.weight is 0 at each of the run's %d steps: the term has no effect", key, order.num_steps)
     if train_options.warmup_steps > order.num_steps:
         logger.warning(
             "train.warmup_steps=%d is longer than the run of %d steps: the learning rate ends at %.2g of %.2g",
@@ -574,7 +580,8 @@ def _fit(
     workers = configuration.worker_range(options)
     is_elastic = workers[0] < workers[1]
     threads = cluster.Threads.of(config)
-    block_rows, run_ahead_nbytes = _stream_sizes(config, prepared.manifest, payload.nbytes_per_token)
+    max_targets = prepared.manifest.max_targets_per_row
+    block_rows, run_ahead_nbytes = stream_sizes(config, max_targets, payload.nbytes_per_token)
     stream = _StreamSpec(
         run_dir=str(run_dir),
         prepared_dir=str(prepared.folder),
@@ -585,7 +592,7 @@ def _fit(
         wire=config.teacher.wire,
     )
     _, computing = _covered(payload.teachers, stream.prepared_dir, order, steps * options.global_batch_size)
-    _warn_of_spilling(config, run_ahead_nbytes)
+    warn_of_spilling(config, run_ahead_nbytes, cluster.Joined().object_store_nbytes())
     held_out = results.held_out(config, prepared, threads.worker, on_gpu=options.gpus_per_worker > 0)
     spec = TrainSpec(
         run_dir=str(run_dir),
@@ -668,12 +675,12 @@ def _fit(
         raise RetryableError(f"stopped after step {steps} of {order.num_steps}; the same command goes on from there")
 
 
-def _stream_sizes(config: RunConfig, manifest: "Manifest", nbytes_per_token: int) -> tuple[int, int]:
+def stream_sizes(config: RunConfig, max_targets_per_row: int, nbytes_per_token: int) -> tuple[int, int]:
     """(rows in a block of the stream, bytes of object store that bound the teacher's run-ahead)."""
     options, teacher = config.train, config.teacher
     # Features may be sent of every token, attention of all before it.
     has_features = teacher.payload == FEATURES
-    payload_nbytes = nbytes_per_token * (config.data.sequence_length if has_features else manifest.max_targets_per_row)
+    payload_nbytes = nbytes_per_token * (config.data.sequence_length if has_features else max_targets_per_row)
     row_nbytes = int(12 * config.data.sequence_length + payload_nbytes + 128)
     least, most = configuration.worker_range(options)
     processes = most + cluster.max_teachers(config)
@@ -693,10 +700,8 @@ def _stream_sizes(config: RunConfig, manifest: "Manifest", nbytes_per_token: int
     return block_rows, max(teacher.run_ahead_rows, least) * row_nbytes
 
 
-def _warn_of_spilling(config: RunConfig, run_ahead_nbytes: int) -> None:
-    import ray
-
-    held = int(ray.cluster_resources().get("object_store_memory", 0))
+def warn_of_spilling(config: RunConfig, run_ahead_nbytes: int, held: int) -> None:
+    """Warn when the run-ahead is too large for an object store of `held` bytes."""
     if run_ahead_nbytes > held / 2:  # the rest is for rows on their way
         logger.warning(
             "teacher.run_ahead_rows=%d may fill %.1f GB, and Ray's object store has %.1f GB: it will spill to disk; "

@@ -78,9 +78,19 @@ def create(folder: Path) -> None:
     """Make the folder and prove it can be written. Raises ConfigError when it cannot."""
     with storage.refused_if_unwritable(folder, "run.dir"):
         storage.make_folder(folder)
+    prove_writable(folder)
+
+
+def prove_writable(folder: Path, key: str = "run.dir") -> None:
+    """Put a small file into a folder, read it back and delete it. Raises ConfigError when it cannot be written."""
+    with storage.refused_if_unwritable(folder, key):
         probe = folder / f".probe-{secrets.token_hex(8)}"  # a name that nobody can have put a link at
-        probe.write_text("")
-        probe.unlink()
+        probe.write_text("probe")
+        try:
+            if (seen := storage.read_text(probe)) != "probe":
+                raise ConfigError(f"{key} '{folder}' gives back {seen[:20]!r} where 'probe' was written")
+        finally:
+            probe.unlink()
 
 
 def is_draft(name: str) -> bool:

@@ -48,6 +48,11 @@ class Schedule:
         """Whether the value is the same at every step."""
         return self.schedule == "constant"
 
+    def is_zero_until(self, step: int | None) -> bool:
+        """Whether it is 0 at every step up to this one; at every step there is, without one."""
+        # Between start and end it only rises or only falls.
+        return self.start == 0.0 and (0.0 if self.is_constant else self.end if step is None else self(step)) == 0.0
+
     @property
     def values(self) -> tuple[float, ...]:
         """The values between which all others lie."""

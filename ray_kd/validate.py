@@ -171,12 +171,17 @@ def validate(config: RunConfig) -> Models:
     """Check the whole config: values, plug-ins, combinations, GPUs, models and vocabularies, in order of cost."""
     check_data(config)
     check_settings(config)
+    check_engines(config)
+    warn_without_effect(config)
+    cluster.check_local(config)
+    return check_models(config)
+
+
+def check_engines(config: RunConfig) -> None:
+    """Whether the engine of each teacher provides what the run needs, and is installed."""
     for one, alone in each_teacher(config):
         with _named(one):
             _check_engine(alone)
-    _warn_without_effect(config)
-    cluster.check_local_gpus(config)
-    return _check_models(config)
 
 
 def check_data(config: RunConfig) -> None:
@@ -229,9 +234,17 @@ def _check_combinations(config: RunConfig) -> None:
         raise ConfigError(f"student.model and student.init: {seen} set, allowed is exactly one (the other null)")
     _check_lora(config.student)
     if config.student.dtype == "float16" and train.gpus_per_worker == 0:
+        # Of the CPUs of a cluster nothing is known here.
+        if cluster.address(config) is None and not _cpu_has_float16():
+            raise ConfigError(
+                "student.dtype is 'float16': allowed is float32 | bfloat16 with train.gpus_per_worker=0 on this CPU, "
+                "which has no instructions for it"
+            )
         logger.warning("student.dtype=float16 on CPU is slow and exists for tests; float32 or bfloat16 is better")
 
     objectives.check_terms(config)
+    for key in objectives.idle_terms(config, train.max_steps):
+        logger.warning("%s.weight is 0 at every step: the term has no effect", key)
     loss = config.loss
     if config.teacher.payload == HIDDEN_STATES:
         from ray_kd.losses.tail import TAILS
@@ -250,6 +263,13 @@ def _check_combinations(config: RunConfig) -> None:
                 "allowed is forward_kl with drop, the only gradient that draws leave unbiased"
             )
         _require(config.teacher.top_k <= MAX_DRAWS, "teacher.top_k", config.teacher.top_k, f"1 to {MAX_DRAWS} draws")
+
+
+def _cpu_has_float16() -> bool:
+    """What DeepSpeed's CPU accelerator asks of torch before it takes fp16; it is seconds to import."""
+    import torch
+
+    return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_fp16_supported())
 
 
 def _check_lora(student: Student) -> None:
@@ -287,7 +307,8 @@ def _check_workers(train: Train) -> None:
     )  # fmt: skip
 
 
-def _warn_without_effect(config: RunConfig) -> None:
+def warn_without_effect(config: RunConfig) -> None:
+    """Warn of each setting that changes nothing. The settings have been checked."""
     from ray_kd import models
     from ray_kd.losses.objective import make_objective
 
@@ -362,7 +383,8 @@ def _share_rows(one: OneOfTeachers, other: OneOfTeachers) -> bool:
     return one.rows is None or other.rows is None or not set(one.rows).isdisjoint(other.rows)
 
 
-def _check_models(config: RunConfig) -> Models:
+def check_models(config: RunConfig) -> Models:
+    """Whether all models are there, can be used, and go together. The settings have been checked."""
     from ray_kd import models
 
     teacher_key = config.teacher

@@ -81,19 +81,18 @@ def prepare_shard(index: int, is_eval: bool, shard: dict[str, Any], task: Task, 
     # Shards are the parallelism; threads of the tokenizer on top of it would fight over the cores.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     tokenizer = tokenizing.load_tokenizer(task.tokenizer_path, task.revision)
-    source = _build("data.sources", "Source", json.dumps(task.eval_source if is_eval else task.source))
-    form = _build("data.formats", "Format", json.dumps(task.format))
+    source, form = source_and_format(task, is_eval)
     sides = {name: _Side() for name in SIDES}
     bad: list[BadRecord] = []
     counts: Counter[str] = Counter()
     records = source.read(shard)
     while batch := list(islice(records, BATCH_RECORDS)):
         counts["records_read"] += len(batch)
-        for usable in _usable(batch, task.route_by, form, tokenizer):
-            if isinstance(usable, BadRecord):
-                bad.append(usable)
+        for found in usable(batch, task.route_by, form, tokenizer):
+            if isinstance(found, BadRecord):
+                bad.append(found)
                 continue
-            route, document, text = usable
+            route, document, text = found
             text_hash = hash_text(text)
             held_out = is_eval or is_held_out(text_hash, task.seed, task.eval_fraction)
             side = sides["eval" if held_out else "train"]
@@ -113,6 +112,12 @@ def prepare_shard(index: int, is_eval: bool, shard: dict[str, Any], task: Task, 
         {name: np.array(side.hashes, dtype=np.uint64) for name, side in sides.items()},
         {name: np.array(side.sketches, dtype=np.uint64) for name, side in sides.items()},
     )
+
+
+def source_and_format(task: Task, is_eval: bool) -> tuple[Any, Any]:
+    """The Source and the Format of a task, each made once per process."""
+    source = _build("data.sources", "Source", json.dumps(task.eval_source if is_eval else task.source))
+    return source, _build("data.formats", "Format", json.dumps(task.format))
 
 
 def parts_folder(folder: str | Path) -> Path:
@@ -177,7 +182,7 @@ def mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return values ^ (values >> np.uint64(31))
 
 
-def _usable(
+def usable(
     batch: Sequence[Record | BadRecord], route_by: str | None, form: Any, tokenizer: Any
 ) -> Iterator[tuple[str, Document, str] | BadRecord]:
     """Per record, in order, its route, document and text, or why it is quarantined."""

@@ -37,7 +37,14 @@ from ray_kd.models.folder import (
 )
 from ray_kd.models.head_folder import HeadShape, head_shape, load_head, save_head
 from ray_kd.models.importance import Importance, width_importance
-from ray_kd.models.layers import block_influence, check_layers, choose_layers, config_of_layers, init_from_layers
+from ray_kd.models.layers import (
+    block_influence,
+    check_layers,
+    choose_layers,
+    config_of_init,
+    config_of_layers,
+    init_from_layers,
+)
 from ray_kd.models.load import (
     DTYPES,
     apply_liger,
@@ -84,6 +91,7 @@ __all__ = [
     "choose_trainable",
     "choose_widths",
     "compare_vocabularies",
+    "config_of_init",
     "config_of_layers",
     "decoder_hidden",
     "decoder_of",

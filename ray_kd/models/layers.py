@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from ray_kd.config import StudentInit
 from ray_kd.errors import ConfigError
 from ray_kd.models.decoder import base_causal_lm, decoder_hidden, decoder_of
 from ray_kd.models.folder import atomic_folder, read_config
 from ray_kd.models.load import load_causal_lm, load_tokenizer, quiet
 from ray_kd.models.rows import real_tokens
-from ray_kd.models.widths import Kept, config_values
+from ray_kd.models.widths import Kept, asked_widths, check_widths, config_values
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -143,6 +144,14 @@ def config_of_layers(config: PreTrainedConfig, layers: int | Sequence[int]) -> P
     The widths are the teacher's: what has a name in a student of other widths has it in this one.
     """
     return _cut_config(config, list(range(layers)) if isinstance(layers, int) else list(layers), kept=None)
+
+
+def config_of_init(config: PreTrainedConfig, init: StudentInit) -> PreTrainedConfig:
+    """The config of the student that is made of a teacher with this config, layers and widths."""
+    values = config_of_layers(config, init.layers).to_dict()
+    if asked := asked_widths(init):
+        values |= config_values(config, check_widths(config, asked))
+    return type(config).from_dict(values)
 
 
 def _cut_config(config: PreTrainedConfig, chosen: list[int], kept: Kept | None) -> PreTrainedConfig:

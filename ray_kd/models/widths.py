@@ -95,6 +95,15 @@ def check_widths(config: PreTrainedConfig, asked: Mapping[str, int]) -> Widths:
     try:
         type(config).from_dict(config.to_dict() | config_values(config, student))
     except Exception as error:  # the strict dataclasses of huggingface_hub raise a class of their own
+        heads = student.num_attention_heads
+        if student.hidden_size % heads:  # which Llama refuses, and others with the same heads do not
+            below = student.hidden_size // heads * heads
+            near = [size for size in (below, below + heads) if 1 <= size <= teacher.hidden_size]
+            raise ConfigError(
+                f"student.init.hidden_size is {student.hidden_size}: allowed is a multiple of the student's {heads} "
+                f"query heads (num_attention_heads) with model_type '{config.model_type}', for example "
+                f"{' | '.join(map(str, near))}"
+            ) from error
         reason = " ".join(str(error.__cause__ or error).split())
         raise ConfigError(f"student.init: a {config.model_type} of {_in_words(student)} cannot be: {reason}") from error
     return student

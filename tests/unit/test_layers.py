@@ -38,6 +38,7 @@ LAYERS = (
         "report",
     },
     {"pipeline"},
+    {"preflight"},
     {"cli"},
     {"__main__", "jobs"},
 )

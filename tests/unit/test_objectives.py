@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 
 from ray_kd import config, objectives, teacher_cache
+from ray_kd.errors import ConfigError
 from ray_kd.payloads import FeatureSpec, features, topk_logprobs
 from ray_kd.teacher.mixture import mixed_width, parts
 from ray_kd.trainer.feed import ExpectedFeatures
@@ -99,3 +100,16 @@ def test_the_width_of_a_mixture_is_known_before_its_data(rows, top_k):
     known = parts(["one", "two"], [1.0, 1.0], rows, routes, top_k, vocab_size=40)[0].width
     assert mixed_width(rows, top_k, 40) == known
     assert topk_logprobs.nbytes_per_token(known, 40) > 0
+
+
+def test_terms_are_idle_until_their_weight_begins_to_grow(load):
+    growing = "{schedule: cosine, start: 0, end: 1, steps: 10, from_step: 5}"
+    falling = "{schedule: linear, start: 1, end: 0, steps: 1}"
+    loaded = load(f"loss.terms=[{{kind: kd, weight: {growing}}}, {{kind: ce, weight: {falling}}}]")
+    assert [objectives.idle_terms(loaded, steps) for steps in (1, 5, 6, None)] == [
+        ["loss.terms[0]"], ["loss.terms[0]"], [], []
+    ]  # fmt: skip
+    alone = load(f"loss.terms=[{{kind: kd, weight: {growing}}}]")
+    assert objectives.idle_terms(alone, None) == []
+    with pytest.raises(ConfigError, match=r"all weights are 0 at each of the run's 5 steps"):
+        objectives.idle_terms(alone, 5)

@@ -705,3 +705,38 @@ def test_a_temperature_that_changes_needs_log_probabilities_that_can_be_rescaled
 def test_schedules_and_weights_are_checked_by_key(load, override, message):
     with pytest.raises(ConfigError, match=f"^{message}"):
         validate(load(override))
+
+
+NEVER = "{schedule: linear, start: 0, end: 1, steps: 10, from_step: 50}"
+
+
+def test_a_term_that_weighs_nothing_is_warned_about_and_all_of_them_refused(load, warnings):
+    with_ce = "loss.terms=[{kind: kd}, {kind: ce, weight: WEIGHT}]"
+    validate(load(with_ce.replace("WEIGHT", NEVER), "train.max_steps=51"))
+    assert warnings() == []
+    validate(load(with_ce.replace("WEIGHT", NEVER), "train.max_steps=50"))
+    validate(load(with_ce.replace("WEIGHT", "0")))
+    assert warnings() == ["loss.terms[1].weight is 0 at every step: the term has no effect"] * 2
+    with pytest.raises(ConfigError, match=r"^loss\.terms: all weights are 0 at each of the run's 50 steps, so nothing"):
+        validate(load(f"loss.terms=[{{kind: kd, weight: {NEVER}}}, {{kind: ce, weight: 0}}]", "train.max_steps=50"))
+
+
+@pytest.mark.parametrize("has_float16", [True, False])
+def test_float16_needs_a_cpu_that_has_it(load, warnings, monkeypatch, has_float16):
+    monkeypatch.setattr("ray_kd.validate._cpu_has_float16", lambda: has_float16)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if has_float16:
+        validate(load("student.dtype=float16"))
+    else:
+        with pytest.raises(ConfigError, match=r"^student\.dtype is 'float16': allowed is float32 \| bfloat16 with"):
+            validate(load("student.dtype=float16"))
+        validate(load("student.dtype=float16", "cluster.address=10.0.0.1:6379"))  # whose CPUs are not known here
+    assert warnings() == ["student.dtype=float16 on CPU is slow and exists for tests; float32 or bfloat16 is better"]
+
+
+def test_deepspeed_asks_the_same_of_a_cpu():
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+    from ray_kd.validate import _cpu_has_float16
+
+    assert _cpu_has_float16() == bool(CPU_Accelerator().is_fp16_supported())

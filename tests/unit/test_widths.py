@@ -239,7 +239,7 @@ def test_a_teacher_with_a_kv_head_a_query_head_gives_one_like_that():
         ({"num_attention_heads": 6}, r"num_attention_heads is 6: allowed is 4 \| 8 with 4 KV heads"),
         ({"num_key_value_heads": 2}, r"num_attention_heads is 8: allowed is 2 \| 4 with 2 KV heads .* 2 query heads"),
         ({"num_attention_heads": 2}, r"num_attention_heads is 2: allowed is 4 \| 8 with 4 KV heads"),
-        ({"hidden_size": 30}, r"a llama of hidden_size=30, .* cannot be: .*hidden size \(30\) is not a multiple"),
+        ({"hidden_size": 30}, r"hidden_size is 30: allowed is a multiple of the student's 8 query heads .* 24 \| 32$"),
     ],
 )
 def test_sizes_that_cannot_be_are_one_line(asked, message):
