@@ -535,7 +535,7 @@ def _fit(
     workers = configuration.worker_range(options)
     is_elastic = workers[0] < workers[1]
     threads = cluster.Threads.of(config)
-    block_rows, run_ahead_nbytes = _stream_sizes(config, prepared.manifest, payload.nbytes_per_token)
+    block_rows, run_ahead_nbytes = stream_sizes(config, prepared.manifest.max_targets_per_row, payload.nbytes_per_token)
     stream = _StreamSpec(
         run_dir=str(run_dir),
         prepared_dir=str(prepared.folder),
@@ -623,12 +623,12 @@ def _fit(
         raise RetryableError(f"stopped after step {steps} of {order.num_steps}; the same command goes on from there")
 
 
-def _stream_sizes(config: RunConfig, manifest: "Manifest", nbytes_per_token: int) -> tuple[int, int]:
+def stream_sizes(config: RunConfig, max_targets_per_row: int, nbytes_per_token: int) -> tuple[int, int]:
     """(rows in a block of the stream, bytes of object store that bound the teacher's run-ahead)."""
     options, teacher = config.train, config.teacher
     # Features may be sent of every token, attention of all before it.
     has_features = teacher.payload == FEATURES
-    payload_nbytes = nbytes_per_token * (config.data.sequence_length if has_features else manifest.max_targets_per_row)
+    payload_nbytes = nbytes_per_token * (config.data.sequence_length if has_features else max_targets_per_row)
     row_nbytes = int(12 * config.data.sequence_length + payload_nbytes + 128)
     least, most = configuration.worker_range(options)
     processes = most + cluster.max_teachers(config)

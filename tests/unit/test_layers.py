@@ -36,6 +36,7 @@ LAYERS = (
         "report",
     },
     {"pipeline"},
+    {"plan"},
     {"cli"},
     {"__main__", "jobs"},
 )

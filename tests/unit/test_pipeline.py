@@ -1,14 +1,13 @@
 """How large a block of the stream is; a student made of the teacher's layers; a store that holds them both."""
 
 import uuid
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from ray_kd import config, models, storage
 from ray_kd.errors import ConfigError
-from ray_kd.pipeline import _block_rows, _make_head, _make_student, _stream_sizes
+from ray_kd.pipeline import _block_rows, _make_head, _make_student, stream_sizes
 from tests.fake_prepared import write_prepared
 from tests.tiny import tiny_llama
 
@@ -41,7 +40,7 @@ def test_a_block_divides_the_share_of_any_number_of_workers(workers, micro_batch
         f"train.num_workers={workers}", f"train.micro_batch_size={micro_batch_size}", "train.global_batch_size=24",
         "teacher.run_ahead_rows=1000",
     ])  # fmt: skip
-    block_rows, _ = _stream_sizes(loaded, SimpleNamespace(max_targets_per_row=10), 100)
+    block_rows, _ = stream_sizes(loaded, 10, 100)
     assert block_rows == expected
     least, most = config.worker_range(loaded.train)
     assert all(24 // number % block_rows == 0 for number in range(least, most + 1))
