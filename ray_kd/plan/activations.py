@@ -9,8 +9,8 @@ again do not count. A model of one layer and one of two are traced, and the othe
 
 Korthikanti et al. 2022 (https://arxiv.org/abs/2205.05198), section 4, count the same by hand for GPT: per layer and
 token 34 H + 5 heads T bytes in half precision, the latter gone with sdpa. Here it depends on the architecture
-(grouped heads, gated MLPs, norms in float32), which is why it is traced. A packed row has a mask [B, 1, T, T], which sdpa
-keeps in the model's type for each layer.
+(grouped heads, gated MLPs, norms in float32), which is why it is traced. A packed row has a mask [B, 1, T, T], which
+sdpa keeps in the model's type for each layer.
 """
 
 import copy
@@ -61,10 +61,10 @@ def _saved(
     with models.quiet(), torch.device("meta"):
         base = AutoModelForCausalLM.from_config(cut, attn_implementation="eager" if is_eager else "sdpa", dtype=dtype)
         model = models.choose_trainable(base, student.lora, ()).train()
-    if checkpoints:
-        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of the method's new name
+    # transformers warns of its methods' new names.
+    with warnings.catch_warnings(action="ignore", category=FutureWarning), FakeTensorMode():
+        if checkpoints:
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    with FakeTensorMode():
         _as_if_on_cpu(model, dtype)
         own = {tensor.untyped_storage()._cdata for tensor in [*model.parameters(), *model.buffers()]}
 

@@ -3,7 +3,8 @@
 Random weights, layers of the two models' widths, the real vocabulary, the micro-batches of the config. Models of one
 and of three layers are timed, and the time of L layers is t(1) + (L - 1) (t(3) - t(1)) / 2. The teacher's pass is that
 of the engine `hf` (decoder, top-k), the student's that of `DistillModule` (decoder, fused loss, backward), and AdamW's
-step is timed by its parameters. Packing, payloads, Ray and checkpoints are left out. All cores; the best of some rounds.
+step is timed by its parameters. Packing, payloads, Ray and checkpoints are left out. All cores; the best of some
+rounds.
 """
 
 import copy

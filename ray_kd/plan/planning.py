@@ -143,7 +143,7 @@ class Plan:
 
 
 def plan(config: RunConfig, asked: Asked) -> Plan:
-    """What the run takes. Raises ConfigError, one line, for what is wrong in the config, the models or what is asked."""
+    """What the run takes. Raises ConfigError, one line, for what is wrong in config, models or what is asked."""
     check_settings(config)
     configs = [_config_of(alone, "teacher") for _, alone in each_teacher(config)]
     own = _config_of(config, "student") if config.student.model is not None else None
@@ -199,7 +199,9 @@ def plan(config: RunConfig, asked: Asked) -> Plan:
         checkpoint_nbytes=checkpoint, checkpoint_copy_nbytes=checkpoint if config.train.async_checkpoints else 0,
         cache_nbytes=None if work.rows is None else round(work.rows * (entries * nbytes + FRAME_NBYTES + 8)),
         balance=balance, hours=hours, gpu_hours=None if hours is None or device is _CPU else hours * devices,
-        simulated=_simulated(config, asked, balance, teachers, device, student, row_nbytes, block_rows, tokens, measured),
+        simulated=_simulated(
+            config, asked, balance, teachers, device, student, row_nbytes, block_rows, tokens, measured
+        ),
         assumptions=assumptions,
     )  # fmt: skip
 
@@ -308,9 +310,8 @@ def _is_one_gpu(config: RunConfig) -> bool:
     """Whether the one worker and the one teacher are parts of the same GPU."""
     teacher, train = config.teacher.pool, config.train
     is_pair = cluster.max_teachers(config) == worker_range(train)[1] == 1
-    return (
-        is_pair and teacher.num_gpus > 0 and train.gpus_per_worker > 0 and teacher.num_gpus + train.gpus_per_worker <= 1
-    )
+    parts = teacher.num_gpus, train.gpus_per_worker
+    return is_pair and min(parts) > 0 and sum(parts) <= 1
 
 
 def _balance(
@@ -345,13 +346,12 @@ def _balance(
         )
     if is_shared:
         assumptions.append("teacher and student take turns on one device")
-    slowest = max(
-        (Pool(t.processes, 1.0 if is_shared else t.gpus_each, seconds_of(t.flops, rate, 1.0 if is_shared else t.gpus_each))
-         for t, rate in zip(teachers, rates, strict=False)),
-        key=lambda pool: 1 / pool.tokens_per_second,
-    )  # fmt: skip
-    each = config.train.gpus_per_worker or 1.0
-    each = 1.0 if is_shared else each
+    pools = []
+    for teacher, rate in zip(teachers, rates[:-1], strict=True):
+        each = 1.0 if is_shared else teacher.gpus_each
+        pools.append(Pool(teacher.processes, each, seconds_of(teacher.flops, rate, each)))
+    slowest = min(pools, key=lambda pool: pool.tokens_per_second)
+    each = 1.0 if is_shared else config.train.gpus_per_worker or 1.0
     return Balance(slowest, Pool(workers, each, seconds_of(flops.student, rates[-1], each)), is_shared), None
 
 

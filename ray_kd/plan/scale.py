@@ -5,7 +5,7 @@ micro-batches, as configured, and then the communication of its ZeRO stage, noth
 batch grows with the workers. Bytes that a worker sends a step (ZeRO, https://arxiv.org/abs/1910.02054, section 7;
 N parameters that train, w bytes each, a micro-batches, W workers; each times (W - 1) / W):
 
-    stage 0, 1    2 w N                gradients are reduced once a step; then all-gather or the other half of all-reduce
+    stage 0, 1    2 w N                gradients are reduced once a step, all-gather or the other half of all-reduce
     stage 2       (a + 1) w N          they are reduced after each micro-batch
     stage 3       3 a w N              weights are gathered for forward and backward
 

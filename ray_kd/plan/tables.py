@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
-from ray_kd.plan.memory import FREE_NBYTES, TeacherMemory
+from ray_kd.plan.memory import FREE_NBYTES, PROCESS_NBYTES, TeacherMemory
 from ray_kd.plan.planning import Plan
 from ray_kd.plan.scale import BLOCKS_PER_SECOND, GPUS_A_NODE
 
@@ -33,7 +33,7 @@ def _worker(plan: Plan) -> str:
     header = f"GB of a train worker ({device.name}: {of_all}; {plan.workers} of them)"
     rows = [[header, *(f"ZeRO {w.stage}{'*' * (w.stage == plan.configured_stage)}" for w in plan.stages)]]
     parts = {
-        "weights": lambda w: w.weights, "fp32 master and moments": lambda w: w.optimizer,
+        "weights": lambda w: w.weights, "fp32 master and moments": lambda w: w.master + w.moments,
         "gradients": lambda w: w.gradients, "buckets, gathered layer": lambda w: w.buffers,
         "activations of a micro-batch": lambda w: w.activations, "loss: a chunk of logits, d head": lambda w: w.loss,
         "or, in the step: gradients again": lambda w: w.in_step, "most while it trains": lambda w: w.training,
@@ -48,6 +48,8 @@ def _worker(plan: Plan) -> str:
         rows.append(["fits", *("yes" if one else "NO" for one in fits)])
     beside = "; the teacher is on the same GPU" if plan.is_one_gpu else ""
     notes = ["* train.zero_stage"]
+    if device.nbytes is None:
+        notes.append(f"tensors alone: Python, torch and DeepSpeed take about {PROCESS_NBYTES / _GB:g} GB a process")
     if device.nbytes is not None:
         notes.append(f"{FREE_NBYTES / _GB:g} GB are left for the CUDA context and the allocator{beside}")
     return _table(rows) + "\n" + "; ".join(notes)
@@ -123,8 +125,8 @@ def _time(plan: Plan) -> str:
             ["teacher actors for each worker, balanced", f"{balance.actors_per_worker:.2f}"],
         ]
     if plan.hours is not None:
-        gpus = "" if plan.gpu_hours is None else f"; {plan.gpu_hours:,.1f} GPU hours"
-        rows.append(["hours of training", f"{plan.hours:,.2f}{gpus}"])
+        gpus = "" if plan.gpu_hours is None else f"; {plan.gpu_hours:,.3g} GPU hours"
+        rows.append(["hours of training", f"{plan.hours:,.3g}{gpus}"])
     return _table(rows)
 
 
@@ -142,10 +144,10 @@ def _scale(plan: Plan) -> str:
         "simulated, not measured; each with the split that trains most. The global batch grows with the workers, each "
         "of which keeps its micro-batches",
         f"ZeRO: share of a step that is communication, none of it overlapped, over the links between GPUs up to "
-        f"{GPUS_A_NODE} workers, over a {GPUS_A_NODE}th of a node's {plan.node_gbit:g} Gbit/s each beyond (--node-gbit)",
+        f"{GPUS_A_NODE} workers, then over a {GPUS_A_NODE}th of a node's {plan.node_gbit:g} Gbit/s (--node-gbit)",
         "of a link: what the wire takes of a student node's; store: blocks that keep every process busy",
-        f"executor: of {BLOCKS_PER_SECOND:g} blocks/s, which one Ray Data executor managed on two cores; above 100% (!) "
-        "the stream is the limit: more rows a block (train.global_batch_size, teacher.run_ahead_rows)",
+        f"executor: of {BLOCKS_PER_SECOND:g} blocks/s, which one Ray Data executor managed on two cores; above 100% "
+        "(!) the stream is the limit: more rows a block (train.global_batch_size, teacher.run_ahead_rows)",
     ]
     return _table(rows) + "\n" + "\n".join(f"- {note}" for note in notes)
 
