@@ -92,7 +92,8 @@ def worker_memory(
         zero_stage=stage, micro_batch_size=1, gradient_accumulation_steps=1, dtype=dtype, max_grad_norm=1.0,
         on_gpu=on_gpu, overrides=config.train.deepspeed,
     )["zero_optimization"]  # fmt: skip
-    bucket = min(zero["reduce_bucket_size"], trained)
+    # Stage 3 makes its bucket at the start, the others as large as it gets.
+    bucket = zero["reduce_bucket_size"] if stage == 3 else min(zero["reduce_bucket_size"], trained)
     buffers, in_step = float(size * bucket * (1 + bool(zero["overlap_comm"]))), 0.0
     if stage == 0:
         is_half = size == 2

@@ -227,7 +227,7 @@ def test_a_model_of_the_hub_that_cannot_be_reached_is_named(monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     run = loaded(teacher="owner/teacher-that-is-not-there", student="owner/student")
-    with pytest.raises(config.ConfigError, match=r"teacher.model 'owner/.*a folder with config.json does"):
+    with pytest.raises(config.ConfigError, match=r"teacher.model 'owner/.*config.json does"):
         plan(run, Asked())
 
 
