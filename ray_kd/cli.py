@@ -244,7 +244,6 @@ def plan(argv: list[str]) -> int:
     if options.mfu is not None and options.flops is not None:
         parser.error("argument --mfu: has no effect with --flops")
     config = configuration.load(options.config, options.overrides)
-    logger.setLevel(logging.ERROR)  # validation's warnings are for runs
     from ray_kd import plan as planning
 
     made = planning.plan(

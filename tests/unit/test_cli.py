@@ -185,7 +185,7 @@ def test_the_package_names_its_jobs(arguments, says, capsys):
     assert cli.dispatch(arguments) == 64
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {says}")
-    assert "python -m ray_kd {distill | prepare_data | cache_teacher | evaluate | export | doctor}" in line
+    assert "python -m ray_kd {distill | prepare_data | cache_teacher | evaluate | export | doctor | plan}" in line
 
 
 def test_python_m_ray_kd_is_the_same_command():
