@@ -266,6 +266,44 @@ def preflight(argv: list[str]) -> int:
     return report.exit_code
 
 
+def plan(argv: list[str]) -> int:
+    """What a run takes, before GPUs are paid for: parameters, memory, FLOPs, tokens/s, wire, disk, hours. No Ray.
+
+    From the models' config.json alone; their weights and the data need not be there.
+    """
+    from ray_kd.benchmarks.options import positive, whole
+
+    parser = _config_parser(argv, "plan", plan.__doc__)
+    parser.add_argument("--teacher-device", metavar="GPU", help="H100 (assumed), H200, A100, L40S, L4 or RTX4090")
+    parser.add_argument("--student-device", metavar="GPU", help="the same, of the train workers")
+    parser.add_argument("--mfu", type=positive, help="share of its peak that a GPU sustains, up to 1 (default: 0.4)")
+    parser.add_argument("--flops", type=positive, help="FLOP/s that a device sustains, in place of both")
+    parser.add_argument("--measure", action="store_true", help="time a few layers of both models here, random weights")
+    parser.add_argument("--rows", type=whole(1), metavar="N", help="training rows, where the data is not prepared")
+    parser.add_argument("--server-gpus", type=whole(1), default=1, metavar="N",
+                        help="GPUs behind a teacher that is asked over HTTP (default: 1)")  # fmt: skip
+    parser.add_argument("--node-gbit", type=positive, default=400.0, metavar="GBIT",
+                        help="Gbit/s of a node's network link, for the simulation (default: 400)")  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    options = parser.parse_intermixed_args(argv)
+    if options.mfu is not None and options.mfu > 1:
+        parser.error(f"argument --mfu: '{options.mfu:g}' is not a share, above 0 and up to 1")
+    if options.mfu is not None and options.flops is not None:
+        parser.error("argument --mfu: has no effect with --flops")
+    config = configuration.load(options.config, options.overrides)
+    from ray_kd import plan as planning
+
+    made = planning.plan(
+        config,
+        planning.Asked(
+            options.teacher_device, options.student_device, options.mfu, options.flops, options.measure, options.rows,
+            options.server_gpus, options.node_gbit,
+        ),
+    )  # fmt: skip
+    print(json.dumps(made.to_dict()) if options.json else planning.describe(made))
+    return EXIT_DONE
+
+
 JOBS: dict[str, Callable[[list[str]], int]] = {
     "distill": distill,
     "prepare_data": prepare_data,
@@ -275,6 +313,7 @@ JOBS: dict[str, Callable[[list[str]], int]] = {
     "doctor": doctor,
     "report": report,
     "preflight": preflight,
+    "plan": plan,
 }
 
 

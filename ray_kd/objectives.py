@@ -143,8 +143,13 @@ def features_of(config: RunConfig) -> "Callable[[], dict[str, Term]]":
 
 def planned_nbytes_per_token(config: RunConfig) -> int:
     """The most bytes of a token of the payload, in front of the student. Reads the config.json of both models."""
-    teacher, _ = _read_models(config)
-    return _nbytes_per_token(config, teacher, asked_features(config))
+    return nbytes_per_token(config, *_read_models(config))
+
+
+def nbytes_per_token(config: RunConfig, teacher: "PreTrainedConfig", student: "PreTrainedConfig | None") -> int:
+    """`planned_nbytes_per_token` of models whose configs are known. student None: made of the teacher's layers."""
+    terms = make_features(config, teacher, student)() if config.teacher.payload == FEATURES else {}
+    return _nbytes_per_token(config, teacher, _asked(terms.values()))
 
 
 def _nbytes_per_token(config: RunConfig, teacher: "PreTrainedConfig", asked: FeatureSpec | None) -> int:

@@ -12,7 +12,7 @@ import yaml
 from ray_kd import cli, config, plugins
 from ray_kd.errors import DataError, RetryableError
 
-JOBS = ["distill", "prepare_data", "evaluate", "export", "doctor", "report", "preflight"]
+JOBS = ["distill", "prepare_data", "evaluate", "export", "doctor", "report", "preflight", "plan"]
 HEAVY = ("torch", "ray", "transformers", "deepspeed", "pyarrow", "numpy")
 MINIMAL = """
 run: {dir: runs/x}

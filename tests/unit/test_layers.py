@@ -38,7 +38,7 @@ LAYERS = (
         "report",
     },
     {"pipeline"},
-    {"preflight"},
+    {"preflight", "plan"},
     {"cli"},
     {"__main__", "jobs"},
 )

@@ -10,7 +10,7 @@ import pytest
 import ray
 import yaml
 
-from ray_kd import cli, cluster, config, pipeline, redact, run_folder
+from ray_kd import cli, cluster, config, pipeline, redact, run_folder, submission
 from ray_kd.errors import ConfigError
 from tests.fake_run import ORDER, write_run
 from tests.tiny import tiny_llama
@@ -225,7 +225,16 @@ def test_ray_is_told_no_credential(recipe, canaries, tmp_path, monkeypatch):
     teachers = pipeline._teachers(loaded, prepared, 259)
     payload = pipeline._teacher_payload(loaded, run_dir, 259, teachers)
     with pytest.raises(Seen):
-        pipeline._fit(loaded, run_dir, SimpleNamespace(check=None), submission.Job(), prepared, ORDER, str(tmp_path / "model"), payload)
+        pipeline._fit(
+            loaded,
+            run_dir,
+            SimpleNamespace(check=None),
+            submission.Job(),
+            prepared,
+            ORDER,
+            str(tmp_path / "model"),
+            payload,
+        )
     arguments, options = seen[-1]
     text = "\n".join(
         [repr(arguments), repr(options), repr([vars(v) for v in options.values() if hasattr(v, "__dict__")])]
