@@ -270,7 +270,7 @@ def test_offline_asks_nobody(look):
         pytest.fail("the cluster was joined")
 
     engine = "teacher.engine={kind: http, url: 'http://127.0.0.1:9'}"
-    report = look("cluster.address=10.0.0.1:6379", engine, offline=True, join=join)
+    report = look("cluster.address=10.0.0.1:6379", "cluster.insecure=true", engine, offline=True, join=join)
     assert states(report, "layout", "server") == {"layout": [SKIPPED], "server": [SKIPPED]}
     assert report.exit_code == 0
 
