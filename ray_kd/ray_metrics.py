@@ -100,7 +100,7 @@ class Exporter:
     def __init__(self, run: str, send: Send | None = None, **tags: str) -> None:
         import ray
 
-        self._send = send or (_Ray() if ray.is_initialized() else None)
+        self._send = send or (_RAY if ray.is_initialized() else None)
         self._tags = {"run": run} | tags
 
     def send(self, name: str, value: float | None, **tags: str) -> None:
@@ -124,29 +124,31 @@ class _Ray:
     """Ray's own metrics, made when they are first needed.
 
     Ray drops a gauge that was not set for two of its report intervals (20 s), and with it the time of the last step of
-    a trainer that hangs: a thread sets all of them again as long as their process lives.
+    a trainer that hangs: a thread sets all of them again as long as their process lives. One for all of the process, or
+    an older value might come after a newer one.
     """
 
     def __init__(self) -> None:
         self._made: dict[str, Any] = {}
-        self._making = threading.Lock()
+        self._lock = threading.Lock()  # a checkpoint is counted by the thread that wrote it
+        self._thread: threading.Thread | None = None
         self._gauges: dict[tuple[str, tuple[str, ...]], tuple[Any, float, dict[str, str]]] = {}
 
     def __call__(self, metric: Metric, value: float, tags: dict[str, str]) -> None:
-        with self._making:  # a checkpoint is counted by the thread that wrote it
+        with self._lock:
             if metric.name not in self._made:
                 self._made[metric.name] = _made(metric)
-        made = self._made[metric.name]
-        if metric.kind == COUNTER:
-            made.inc(value, tags)
-        elif metric.kind == HISTOGRAM:
-            made.observe(value, tags)
-        else:
-            made.set(value, tags)
-            is_first = not self._gauges
-            self._gauges[metric.name, tuple(tags.values())] = (made, value, tags)
-            if is_first:
-                threading.Thread(target=self._set_again, name="gauges", daemon=True).start()
+            made = self._made[metric.name]
+            if metric.kind == COUNTER:
+                made.inc(value, tags)
+            elif metric.kind == HISTOGRAM:
+                made.observe(value, tags)
+            else:
+                made.set(value, tags)
+                self._gauges[metric.name, tuple(tags.values())] = (made, value, tags)
+                if self._thread is None:
+                    self._thread = threading.Thread(target=self._set_again, name="gauges", daemon=True)
+                    self._thread.start()
 
     def _set_again(self) -> None:
         import ray
@@ -154,10 +156,16 @@ class _Ray:
         every_s = max(1.0, ray._config.metrics_report_interval_ms() / 1000) / 2
         while True:
             time.sleep(every_s)
-            if not ray.is_initialized():
-                return
-            for made, value, tags in list(self._gauges.values()):
-                made.set(value, tags)
+            with self._lock:
+                if not ray.is_initialized():
+                    self._thread = None
+                    self._gauges.clear()
+                    return
+                for made, value, tags in self._gauges.values():
+                    made.set(value, tags)
+
+
+_RAY = _Ray()
 
 
 def _made(metric: Metric) -> Any:

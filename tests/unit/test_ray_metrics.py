@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from ray_kd.ray_metrics import COUNTER, GAUGE, HISTOGRAM, METRICS, Exporter
+from ray_kd.ray_metrics import COUNTER, GAUGE, HISTOGRAM, METRICS, Exporter, _Ray
 
 SOURCES = [path for path in Path("ray_kd").rglob("*.py") if path.name != "ray_metrics.py"]
 UNITS = ("seconds", "bytes", "nats", "ratio", "total", "rate", "norm", "loss", "perplexity")
@@ -84,6 +84,7 @@ def test_ray_gets_each_by_its_kind(monkeypatch):
         metrics.Metric, "_record", lambda self, value, tags=None: recorded.append((type(self).__name__, value, tags))
     )
     monkeypatch.setattr("ray.is_initialized", lambda: True)
+    monkeypatch.setattr("ray_kd.ray_metrics._RAY", _Ray())
     exporter = Exporter("mine", pool="student")
     for metric in METRICS.values():
         exporter.send(metric.name, 2.0)
@@ -102,10 +103,11 @@ def test_a_gauge_is_set_again_and_again(monkeypatch):
     monkeypatch.setattr(metrics.Metric, "_record", lambda self, value, tags=None: recorded.append((self._name, value)))
     monkeypatch.setattr("ray.is_initialized", lambda: is_alive)
     monkeypatch.setattr("ray._config", SimpleNamespace(metrics_report_interval_ms=lambda: 1000))
+    monkeypatch.setattr("ray_kd.ray_metrics._RAY", _Ray())
     others = set(threading.enumerate())
-    exporter = Exporter("mine")
+    exporter, second = Exporter("mine"), Exporter("mine")
     exporter.send("raykd_train_step", 1)
-    exporter.send("raykd_train_step", 2)
+    second.send("raykd_train_step", 2)
     exporter.send("raykd_rows_total", 8)
     del recorded[:]
     (thread,) = set(threading.enumerate()) - others
