@@ -360,7 +360,10 @@ def _unreadable_is_corrupt(where: Path) -> Iterator[None]:
 def _plain_files(folder: Path) -> dict[str, int]:
     """Path inside folder -> size in bytes. A link or device is refused: its bytes would lie outside the checkpoint."""
     if storage.is_remote(folder):
-        return storage.sizes(folder)
+        try:
+            return storage.sizes(folder)
+        except ConfigError as error:
+            raise CorruptCheckpoint(str(error)) from error
     files = {}
     for path in folder.rglob("*"):
         if path.is_symlink() or not (path.is_file() or path.is_dir()):

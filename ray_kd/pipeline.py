@@ -74,6 +74,7 @@ T = TypeVar("T")
 
 _MAX_BLOCK_NBYTES = 32 * 2**20
 _MAX_CAUSE = 1000  # characters
+_LAST_STEP = "raykd_train_last_step_timestamp_seconds"
 _BLOCKS_A_PROCESS = 4  # being made, in the queue, on the way, being used
 
 
@@ -658,8 +659,11 @@ def _fit(
     progress = Progress(run_dir / METRICS, order.num_steps)
     head = cluster.Head(ray.get_runtime_context().gcs_address)
 
+    exporter, started = Exporter(run_dir.name), time.time()
+
     def show_step(at_once: bool = False) -> None:
         job.show({"step": f"{progress.step}/{order.num_steps}"}, at_once=at_once)
+        exporter.send(_LAST_STEP, progress.step_time or started)
 
     try:
         launch.fit(
@@ -670,6 +674,7 @@ def _fit(
     finally:
         progress.close()
         show_step(at_once=True)
+        exporter.forget(_LAST_STEP)
     (run_dir / STOP_FLAG).unlink(missing_ok=True)
     if (steps := _trained_steps(run_dir)) < order.num_steps:
         raise RetryableError(f"stopped after step {steps} of {order.num_steps}; the same command goes on from there")

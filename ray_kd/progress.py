@@ -39,6 +39,11 @@ class Progress:
         """The newest step that `update` read, 0 before the first."""
         return self._last_step
 
+    @property
+    def step_time(self) -> float | None:
+        """Unix time of the newest step of this start; None before the first."""
+        return self._newest.get("time")
+
     def update(self, is_last: bool = False) -> None:
         """Read the new lines of the metrics and show the newest, when it is time to."""
         now = time.monotonic()

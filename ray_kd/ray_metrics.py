@@ -41,7 +41,8 @@ METRICS = {
         Metric("raykd_train_num_steps", GAUGE, "Optimiser steps that the run will have."),
         Metric("raykd_train_epoch", GAUGE, "Epoch of the newest step, from 0."),
         Metric("raykd_train_start_timestamp_seconds", GAUGE, "Unix time at which the workers were ready to train."),
-        Metric("raykd_train_last_step_timestamp_seconds", GAUGE, "Unix time of the newest step, or of the start."),
+        Metric("raykd_train_last_step_timestamp_seconds", GAUGE,
+               "Unix time of the newest step, or of the start; from the driver as well, which outlives its workers."),
         Metric("raykd_train_step_seconds", HISTOGRAM, "Seconds a step took, evaluation included.", (), _SECONDS),
         Metric("raykd_train_loss", GAUGE, "The objective: the weighted sum of its terms."),
         Metric("raykd_train_kd_loss_nats", GAUGE, "Divergence from the teacher a target token, T^2 included."),
@@ -114,6 +115,11 @@ class Exporter:
         given = self._tags | tags
         self._send(metric, float(value), {key: given.get(key, "") for key in tag_keys(metric)})
 
+    def forget(self, name: str) -> None:
+        """Let Ray drop a gauge of this process and run: what it said is over."""
+        if isinstance(self._send, _Ray):
+            self._send.forget(name, self._tags["run"])
+
 
 def tag_keys(metric: Metric) -> tuple[str, ...]:
     """All tags of a metric."""
@@ -149,6 +155,12 @@ class _Ray:
                 if self._thread is None:
                     self._thread = threading.Thread(target=self._set_again, name="gauges", daemon=True)
                     self._thread.start()
+
+    def forget(self, name: str, run: str) -> None:
+        """A gauge of a run, with all other tags."""
+        with self._lock:
+            for key in [key for key, (_, _, tags) in self._gauges.items() if key[0] == name and tags["run"] == run]:
+                del self._gauges[key]
 
     def _set_again(self) -> None:
         import ray

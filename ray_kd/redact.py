@@ -19,14 +19,28 @@ _NAMES = (
     r"|(?:api|access|account|private|secret|shared)[_-]?key)"
 )
 _SECRET = re.compile(rf"(?:^|[_\-.]){_NAMES}$", re.IGNORECASE)
+_SECOND_WORD = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")  # of accessToken
 _OF_A_VOCABULARY = re.compile(
     r"(?:bos|eos|eot|pad|unk|sep|cls|mask|image|start|stop|end|per|.*_per)_token$", re.IGNORECASE
 )
-_ASSIGNED = re.compile(rf"""((?<![a-z]){_NAMES}["']?\s*[:=]\s*)(?:bearer\s+)?["']?[^\s,"'}}\]]+""", re.IGNORECASE)
+_CERTAIN_TOKEN = re.compile(
+    r"(?:.*[_\-.])?(?:hf|hub|huggingface|api|access|auth|bearer|refresh|session|security|private|oauth|wandb)[_-]token$"
+    r"|token$",
+    re.IGNORECASE,
+)
+_ASSIGNED = re.compile(
+    rf"""([\w\-]*(?<![a-z]){_NAMES})(["']?\s*[:=]\s*)(?:bearer\s+)?["']?[^\s,"'}}\]]+""", re.IGNORECASE
+)
+_PROSE = re.compile(r":\s+$")
 _USER_INFO = re.compile(r"(://)[^/@\s:]*:[^/@\s]+@")
-_SIGNATURES = ("sig", "signature", "x-amz-signature", "x-goog-signature")
+_PASSWORD = re.compile(r"([a-z][\w+.\-]*)://[^/@?#\s]*:[^/@?#\s]*@", re.IGNORECASE)
+_USER = re.compile(r"(https?)://[^/@?#\s]+@", re.IGNORECASE)
+_BEARER = re.compile(r"bearer\s+\S{8,}", re.IGNORECASE)
+_QUERY_NAMES = ("key", "sig", "signature", "x-amz-signature", "x-goog-signature")
 _SHORTEST = 8
 """Characters of a variable's value that is taken for a secret: shorter ones are words like "none" and "tests"."""
+_LONG = 16
+"""Characters from which a secret is no word: it is found inside of others too. Tokens of a vocabulary are shorter."""
 
 
 def is_secret_name(name: str) -> bool:
@@ -34,14 +48,22 @@ def is_secret_name(name: str) -> bool:
 
     The tokens of a vocabulary (eos_token) are none, nor is what only says where one is (api_key_env).
     """
-    return bool(_SECRET.search(name)) and not _OF_A_VOCABULARY.match(name)
+    return bool(_SECRET.search(_SECOND_WORD.sub("_", name))) and not _OF_A_VOCABULARY.match(name)
 
 
 def redact(text: str) -> str:
     """The text with MASK for values of secret environment variables, passwords in addresses and `token=...`."""
     for _, value in _secret_variables():
-        text = text.replace(value, MASK)
-    return _ASSIGNED.sub(rf"\1{MASK}", _USER_INFO.sub(rf"\1{MASK}@", text))
+        pattern = re.escape(value)
+        text = re.sub(pattern if len(value) >= _LONG else rf"(?<!\w){pattern}(?!\w)", MASK, text)
+    return _ASSIGNED.sub(_masked, _USER_INFO.sub(rf"\1{MASK}@", text))
+
+
+def _masked(match: re.Match[str]) -> str:
+    """An assignment without its value. A key of a vocabulary, and "388 bytes a token: 12", are none."""
+    name, sign = match[1], match[2]
+    is_prose = name.lower() == "token" and _PROSE.fullmatch(sign)
+    return match[0] if is_prose or _OF_A_VOCABULARY.match(name) else f"{name}{sign}{MASK}"
 
 
 def mask(value: Any) -> Any:
@@ -62,9 +84,8 @@ def credentials(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
     """(dotted key, what it is) for each text in plain containers that is, or holds, a credential."""
     if isinstance(value, Mapping):
         for name, item in value.items():
-            if isinstance(item, str | int) and not isinstance(item, bool) and is_secret_name(str(name)):
-                if item not in ("", MASK):
-                    yield _join(key, name), "is named like a credential"
+            if is_secret_name(str(name)):
+                yield from _named(str(name), item, _join(key, name))
             else:
                 yield from credentials(item, _join(key, name))
     elif isinstance(value, list | tuple):
@@ -74,13 +95,36 @@ def credentials(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
         yield key, why
 
 
+def _named(name: str, value: Any, key: str) -> Iterator[tuple[str, str]]:
+    """What is under the name of a credential: everything, but that a token of some vocabulary is no secret."""
+    if isinstance(value, Mapping):
+        for inner, item in value.items():
+            yield from _named(name, item, _join(key, inner))
+    elif isinstance(value, list | tuple):
+        for place, item in enumerate(value):
+            yield from _named(name, item, _join(key, place))
+    elif isinstance(value, str | int) and not isinstance(value, bool) and value not in ("", MASK):
+        is_vague = name.lower().endswith("_token") and not _CERTAIN_TOKEN.match(name)
+        if not is_vague or (isinstance(value, str) and len(value) >= _LONG and value.isascii() and value.isalnum()):
+            yield key, "is named like a credential"
+
+
 def _why(text: str) -> str | None:
-    if (match := re.match(r"(\w+)://[^/@]*:[^/@]*@", text)) is not None:
+    if (match := _PASSWORD.search(text)) is not None:
         return f"is a {match[1]}:// URI with a password"
-    if "://" in text and any(is_secret_name(name) or name.lower() in _SIGNATURES for name in _query_names(text)):
+    if (match := _USER.search(text)) is not None:
+        return f"is a {match[1]}:// URI with a user or a token"
+    if "://" in text and any(is_secret_name(name) or name.lower() in _QUERY_NAMES for name in _query_names(text)):
         return "is a URI with a credential in its query"
-    named = next((name for name, value in _secret_variables() if value in text), None)
+    if _BEARER.match(text) is not None:
+        return "is a bearer token"
+    named = next((name for name, value in _secret_variables() if _holds(text, value)), None)
     return None if named is None else f"holds the value of the environment variable {named}"
+
+
+def _holds(text: str, value: str) -> bool:
+    """A short value is one only where it is a whole text: /data/training holds no JUPYTER_TOKEN=training."""
+    return text == value or (len(value) >= _LONG and value in text)
 
 
 def _query_names(text: str) -> list[str]:

@@ -21,6 +21,7 @@ import stat
 import tempfile
 import time
 import traceback
+import unicodedata
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -149,7 +150,8 @@ def for_arrow(location: Path) -> tuple[str, Any]:
 
 def is_inside(name: str) -> bool:
     """Whether a name out of a manifest or a listing, POSIX, is of something inside the folder that it is joined to."""
-    return name.isprintable() and "\\" not in name and not {"", ".", ".."} & set(name.split("/"))
+    is_text = not any(unicodedata.category(character) == "Cc" for character in name)
+    return is_text and "\\" not in name and not {"", ".", ".."} & set(name.split("/"))
 
 
 def make_folder(folder: Path) -> None:
@@ -265,7 +267,8 @@ def append_text(target: Path, text: str) -> None:
 def sizes(folder: Path) -> dict[str, int]:
     """Path inside a remote folder (POSIX) -> bytes, of all files below it.
 
-    Raises ConfigError for a key that would be a path out of the folder, were it copied or moved: keys are any text.
+    Empty keys that end in a slash, which some tools make for folders, are none. Raises ConfigError for a key that would
+    be a path out of the folder, were it copied or moved: keys are any text.
     """
     fs, root = filesystem(folder)
     try:
@@ -273,7 +276,10 @@ def sizes(folder: Path) -> dict[str, int]:
     except FileNotFoundError:
         return {}
     prefix = f"{root}/"
-    inside = {name.removeprefix(prefix): int(info["size"]) for name, info in found.items() if name.startswith(prefix)}
+    inside = {
+        name.removeprefix(prefix): int(info["size"]) for name, info in found.items()
+        if name.startswith(prefix) and (info["size"] or not name.endswith("/"))
+    }  # fmt: skip
     for name in inside:
         if not is_inside(name):
             raise ConfigError(f"'{folder}' has a file named {name!a}, which is no path inside of it: remove it")

@@ -38,14 +38,16 @@ def describe(config: RunConfig) -> dict[str, str]:
         "run": PurePath(config.run.dir).name,
         "run_dir": config.run.dir,
         "teacher": ", ".join(one.model for one in config.teachers) or config.teacher.model,
-        "student": student.model or f"{config.teacher.model}: {_of_init(student.init)}",
     }
+    if student.model is not None:
+        plain["student"] = student.model
+    elif student.init is not None:  # neither, where the job only prepares data
+        plain["student"] = f"{config.teacher.model}: {_of_init(student.init)}"
     return {name: redact.redact(value) for name, value in plain.items()}
 
 
-def _of_init(init: StudentInit | None) -> str:
+def _of_init(init: StudentInit) -> str:
     """As it is given on the command line: layers=15 hidden_size=512."""
-    assert init is not None  # validate: exactly one of model and init
     given = {item.name: getattr(init, item.name) for item in fields(init)}
     defaults = {item.name: item.default for item in fields(init)}
     return " ".join(f"{name}={value}" for name, value in given.items() if value != defaults[name])
@@ -137,7 +139,7 @@ def _add_metadata(job_id: str, metadata: Mapping[str, str]) -> bool:
         info = json.loads(text)
         info["metadata"] = (info.get("metadata") or {}) | dict(metadata)
         store.internal_kv_put(key, json.dumps(info).encode(), True, namespace, timeout=_CALL_S)
-    except ray.exceptions.RayError as error:
+    except Exception as error:  # whatever Ray changes here: a run is not ended by what is shown of it
         logger.debug("the job's metadata were not written: %s", error)
         return False
     return True

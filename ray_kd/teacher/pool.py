@@ -126,7 +126,8 @@ class PoolKeeper(ExecutionCallback):
                 self._note(name, *actors, queue=blocks, in_flight=operator.num_active_tasks())
                 for metric, value in {
                     "raykd_pool_actors": info.running,
-                    "raykd_pool_min_actors": size.least,
+                    # With nothing left to compute Ray ends the actors, and the students go on.
+                    "raykd_pool_min_actors": 0 if operator.has_execution_finished() else size.least,
                     "raykd_pool_max_actors": size.most,
                     "raykd_teacher_queued_blocks": blocks,
                 }.items():

@@ -92,6 +92,8 @@ def test_a_job_is_watched_stopped_and_goes_on_when_submitted_again(head, submitt
     head.wait("all metrics at the metrics port", lambda: not missing(), timeout_s=120)
     series = [line for line in head.scrape().splitlines() if line.startswith("ray_raykd_")]
     assert all('run="life"' in line for line in series)
+    # The trainer's and the driver's, which is still there when all workers are gone.
+    assert len([line for line in series if line.startswith("ray_raykd_train_last_step_timestamp_seconds")]) == 2
     pools = {
         pool
         for line in series

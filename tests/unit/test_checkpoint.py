@@ -296,6 +296,18 @@ def test_in_a_store_rotation_and_a_second_try(store: Path) -> None:
     checkpoint.verify(save_in_store(store, 3))
 
 
+def test_in_a_store_an_odd_key_ends_no_run(store: Path, object_store) -> None:
+    """Tools make empty keys for folders; a key that is no path inside makes its checkpoint a broken one."""
+    import boto3
+
+    older, newest = save_in_store(store, 1), save_in_store(store, 2)
+    client, key = boto3.client("s3"), str(newest).removeprefix("s3://runs/")
+    client.put_object(Bucket="runs", Key=f"{key}/", Body=b"")
+    assert checkpoint.newest_verified(store) == newest
+    client.put_object(Bucket="runs", Key=f"{key}/../out", Body=b"x")
+    assert checkpoint.newest_verified(store) == older
+
+
 def test_in_a_store_a_broken_checkpoint_is_given_up_for_the_one_before(store: Path) -> None:
     good = save_in_store(store, 1)
     broken = save_in_store(store, 2)

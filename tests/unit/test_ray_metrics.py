@@ -109,6 +109,8 @@ def test_a_gauge_is_set_again_and_again(monkeypatch):
     exporter.send("raykd_train_step", 1)
     second.send("raykd_train_step", 2)
     exporter.send("raykd_rows_total", 8)
+    exporter.send("raykd_train_epoch", 0)
+    exporter.forget("raykd_train_epoch")
     del recorded[:]
     (thread,) = set(threading.enumerate()) - others
     deadline = time.monotonic() + 20
@@ -117,5 +119,5 @@ def test_a_gauge_is_set_again_and_again(monkeypatch):
     is_alive = False
     thread.join(timeout=20)
     assert not thread.is_alive()
-    assert set(recorded) == {("raykd_train_step", 2)}
+    assert set(recorded) == {("raykd_train_step", 2)}, "the epoch was taken back"
     assert len(recorded) >= 2

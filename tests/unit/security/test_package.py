@@ -34,7 +34,7 @@ def test_the_repository_as_it_is(tmp_path):
      "k8s/base/x.yaml",
      ".env", ".netrc", "models/teacher/model.safetensors", "data/train.jsonl", "README.md", "LICENSE", "Makefile",
      "ray_kd/__pycache__/a.pyc", "jobs/__pycache__/b.pyc", "a", ".mypy_cache/x.json", ".pre-commit-config.yaml",
-     "docs/index.md", "id_rsa", "wandb/latest"],
+     "docs/index.md", "id_rsa", "wandb/latest", "configs/.secret.yaml", "jobs/.env"],
 )  # fmt: skip
 def test_what_a_job_does_not_need_stays_here(tmp_path, name):
     home = tmp_path / "repository"

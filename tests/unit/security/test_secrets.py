@@ -273,3 +273,43 @@ def _environment(node):
     elif isinstance(node, list):
         for item in node:
             yield from _environment(item)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"uri": "postgresql+psycopg2://u:hunter22@h/db"}, {"paths": "/a/b,https://u:p@h/x"},
+        {"url": "https://hf_abcdefgh@hub.example/x"}, {"url": "https://h/v1?key=AIzaSyABCDEF"},
+        {"api_key": ["abc"]}, {"hf_token": {"value": "abc"}}, {"accessToken": "abc"},
+        {"headers": [["X-Auth", "Bearer sk-0123456789"]]}, {"slack_token": "xoxb0123456789abcdef"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_is_a_credential(content):
+    assert len(list(redact.credentials(content))) == 1
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"user_token": "<|user|>"}, {"answer_token": "<a>"}, {"label_token": 5}, {"path": "/data/a:b@c.jsonl"},
+        {"path": "s3://bucket/x:y@z"}, {"path": "abfs://container@account.net/x"}, {"path": "hf://datasets/a/b@main/x"},
+        {"max_bytes_per_token": 4096}, {"sort_key": "a"}, {"path": "/data/training/a.jsonl"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_is_none(content, monkeypatch):
+    monkeypatch.setenv("JUPYTER_TOKEN", "training")
+    assert list(redact.credentials(content)) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "in override 'teacher.max_bytes_per_token=abc': 'abc' is no integer", "388 bytes a token: 12 of them",
+        "has no eos_token: set it in tokenizer_config.json", "the pre-training of mytraining",
+    ],
+)  # fmt: skip
+def test_what_we_say_ourselves_stays_readable(line, monkeypatch):
+    monkeypatch.setenv("JUPYTER_TOKEN", "training1")
+    assert redact.redact(line) == line
