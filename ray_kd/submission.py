@@ -137,7 +137,9 @@ def _add_metadata(job_id: str, metadata: Mapping[str, str]) -> bool:
         if text is None:
             return False
         info = json.loads(text)
-        info["metadata"] = (info.get("metadata") or {}) | dict(metadata)
+        # The dashboard's list has the name in a column of its own; the user's own one stays.
+        named = {"job_name": metadata["run"]} if "run" in metadata else {}
+        info["metadata"] = named | (info.get("metadata") or {}) | dict(metadata)
         store.internal_kv_put(key, json.dumps(info).encode(), True, namespace, timeout=_CALL_S)
     except Exception as error:  # whatever Ray changes here: a run is not ended by what is shown of it
         logger.debug("the job's metadata were not written: %s", error)

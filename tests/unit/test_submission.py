@@ -50,8 +50,14 @@ def test_a_record_gets_what_is_shown_and_keeps_what_it_had(store):
     job = submission.Job()
     job.show({"run": "mine"})
     job.show({"step": "1/9"})
-    assert store.metadata == {"owner": "me", "run": "mine", "step": "1/9"}
+    assert store.metadata == {"owner": "me", "run": "mine", "job_name": "mine", "step": "1/9"}
     assert json.loads(store.info[KEY])["status"] == "RUNNING"
+
+
+def test_a_job_keeps_the_name_that_it_was_submitted_with(store):
+    store.info[KEY] = json.dumps({"metadata": {"job_name": "nightly"}})
+    submission.Job().show({"run": "mine"})
+    assert store.metadata == {"job_name": "nightly", "run": "mine"}
 
 
 def test_steps_are_written_now_and_then_and_the_last_one_at_once(store):
@@ -71,7 +77,7 @@ def test_a_store_that_does_not_answer_is_asked_again_later(store):
     job.show({"run": "mine"})
     store.is_down = False
     job.show({"step": "1/9"})
-    assert store.metadata == {"owner": "me", "run": "mine", "step": "1/9"}
+    assert store.metadata == {"owner": "me", "run": "mine", "job_name": "mine", "step": "1/9"}
 
 
 def test_a_record_that_is_gone_is_not_made(store):
