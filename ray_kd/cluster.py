@@ -261,7 +261,7 @@ def connecting(config: RunConfig, *, trains: bool = True) -> Iterator[Callable[[
     import ray
 
     where = address(config)
-    if where is not None or config.cluster.dashboard:  # the dashboard's Train page is empty without it
+    if where is not None or config.cluster.dashboard:  # the dashboard knows nothing of Train runs without it
         os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")
     check_token(config)
     if where is None:  # nobody preempts this machine: one process less, 3 CPU seconds
