@@ -171,13 +171,15 @@ class Head:
     """The head of the cluster, for the driver to ask again and again while it waits.
 
     Ray gives a lost one a minute and then ends this process: no line, no summary, exit code 1.
-    where: host:port of its control service.
+    where: host:port of its control service. is_own: of a Ray that this process started.
     """
 
-    def __init__(self, where: str, lost_s: float = _HEAD_LOST_S, every_s: float = _HEAD_EVERY_S) -> None:
+    def __init__(
+        self, where: str, lost_s: float = _HEAD_LOST_S, every_s: float = _HEAD_EVERY_S, *, is_own: bool = False
+    ) -> None:  # fmt: skip
         host, _, port = where.rpartition(":")
         self._where = (host.strip("[]"), int(port))
-        self._lost_s, self._every_s = lost_s, every_s
+        self._lost_s, self._every_s, self._is_own = lost_s, every_s, is_own
         self._asked_at = self._answered_at = time.monotonic()
 
     def check(self) -> None:
@@ -191,6 +193,11 @@ class Head:
             self._answered_at = now
         except OSError as error:
             if now - self._answered_at >= self._lost_s:
+                if self._is_own:
+                    raise RetryableError(
+                        "the Ray that this run started has ended: the same command goes on from the newest checkpoint. "
+                        "(A signal to the whole process group ends it: signal the driver alone, which then saves one)"
+                    ) from error
                 raise RetryableError(
                     f"the head of the Ray cluster at {':'.join(map(str, self._where))} did not answer for "
                     f"{self._lost_s:g} s ({error.strerror or error}): the same command goes on, on a cluster that does"

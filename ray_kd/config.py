@@ -393,7 +393,7 @@ def _refuse_credentials(content: DictConfig, resolve: bool = False) -> None:
     """Raise ConfigError for the first credential, naming its key and never the value."""
     for key, why in redact.credentials(OmegaConf.to_container(content, resolve=resolve)):
         raise ConfigError(
-            f"{key} {why}: credentials come from the environment (HF_TOKEN, AWS_SECRET_ACCESS_KEY, api_key_env, ...), "
+            f"{key} {why}; such values come from the environment (HF_TOKEN, AWS_SECRET_ACCESS_KEY, api_key_env, ...), "
             "since a config is written to the run folder"
         )
 
@@ -408,7 +408,9 @@ def _settle_teachers(merged: DictConfig) -> None:
             raise ConfigError(f"teachers[0].{name} is missing")
         is_set = not OmegaConf.is_missing(common, name) and (name == "model" or common[name] != default[name])
         if is_set and common[name] != first[name]:
-            raise ConfigError(f"teacher.{name} and teachers are both set: set {name} in each of teachers")
+            raise ConfigError(
+                f"teacher.{name} and teachers are both set: set {name} in each of teachers, and leave it out of teacher"
+            )
         common[name] = first[name]
 
 

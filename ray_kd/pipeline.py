@@ -657,7 +657,7 @@ def _fit(
         sum(teacher.pool.max_actors for teacher in computing),
     )  # fmt: skip
     progress = Progress(run_dir / METRICS, order.num_steps)
-    head = cluster.Head(ray.get_runtime_context().gcs_address)
+    head = cluster.Head(ray.get_runtime_context().gcs_address, is_own=cluster.address(config) is None)
 
     exporter, started = Exporter(run_dir.name), time.time()
 

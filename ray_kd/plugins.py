@@ -83,6 +83,10 @@ def load(group: str, kind: str, key: str | None = None) -> ModuleType:
         try:
             module = importlib.import_module(kind)
         except ImportError as error:
+            if "/" in kind:  # a path, in the place of what reads it
+                raise ConfigError(
+                    f"{key} is '{kind}': allowed is a kind, or {{kind: ..., options}}. {_available(group)}"
+                ) from error
             raise ConfigError(f"{key}: kind '{kind}' cannot be imported ({error}). {_available(group)}") from error
         if not hasattr(module, "Config"):
             raise ConfigError(f"{key}: kind '{kind}' is no plug-in: the module has no Config")

@@ -60,9 +60,9 @@ def redact(text: str) -> str:
 
 
 def _masked(match: re.Match[str]) -> str:
-    """An assignment without its value. A key of a vocabulary, and "388 bytes a token: 12", are none."""
+    """An assignment without its value. A key of a vocabulary, "388 bytes a token: 12" and the like are none."""
     name, sign = match[1], match[2]
-    is_prose = name.lower() == "token" and _PROSE.fullmatch(sign)
+    is_prose = name.lower() in ("token", "credential", "credentials") and _PROSE.fullmatch(sign)
     return match[0] if is_prose or _OF_A_VOCABULARY.match(name) else f"{name}{sign}{MASK}"
 
 

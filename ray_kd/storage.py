@@ -60,7 +60,7 @@ def path(location: str | Path, key: str = "path") -> Path:
         return Path(text).expanduser().absolute()
     scheme = text.split("://")[0]
     if re.match(r"\w+://[^/@]*:[^/]*@", text):
-        raise ConfigError(f"{key} is a {scheme}:// URI with a password: credentials come from the environment")
+        raise ConfigError(f"{key} is a {scheme}:// URI with a password; such values come from the environment")
     if scheme not in SCHEMES:
         allowed = ", ".join(f"{known}://" for known in SCHEMES)
         raise ConfigError(f"{key} is '{text}': allowed is a path, or a URI of {allowed}")

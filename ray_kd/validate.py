@@ -293,7 +293,7 @@ def _check_workers(train: Train) -> None:
     is_range = len(numbers) == (2 if isinstance(number, list) else 1)
     is_range = is_range and all(isinstance(n, int) and not isinstance(n, bool) for n in numbers)
     _require(is_range and 1 <= numbers[0] <= numbers[-1], "train.num_workers", number,
-             "1 or more, or [min, max] of such")  # fmt: skip
+             "1 or more, or [min, max] of such, the smaller one first")  # fmt: skip
     if not isinstance(number, list):
         unit = number * train.micro_batch_size
         _require(train.global_batch_size % unit == 0, "train.global_batch_size", train.global_batch_size,

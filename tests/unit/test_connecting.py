@@ -72,8 +72,11 @@ def test_a_head_that_is_gone_ends_the_run_before_ray_ends_the_process():
     with socket.create_server(("127.0.0.1", 0)) as server:
         where = f"127.0.0.1:{server.getsockname()[1]}"
         head, impatient = (cluster.Head(where, lost_s, every_s=0.0) for lost_s in (60.0, 0.0))
+        own = cluster.Head(where, 0.0, every_s=0.0, is_own=True)
         head.check()
         impatient.check()
     head.check()
     with pytest.raises(RetryableError, match=f"the Ray cluster at {where} did not answer for 0 s .*goes on"):
         impatient.check()
+    with pytest.raises(RetryableError, match="the Ray that this run started has ended: the same command goes on"):
+        own.check()

@@ -49,7 +49,7 @@ def test_a_location_is_a_path_or_a_uri(object_store, tmp_path, monkeypatch):
         ("s3:/bucket/a", "did you mean 's3://bucket/a'"),
         ("s3:bucket/a", "did you mean 's3://bucket/a'"),
         ("s3://bucket", "is 's3://bucket', a whole store: allowed is the URI of a folder"),
-        ("s3://key:word@bucket/a", "run.dir is a s3:// URI with a password: credentials come from the environment"),
+        ("s3://key:word@bucket/a", "run.dir is a s3:// URI with a password; such values come from the environment"),
     ],
 )
 def test_a_uri_that_cannot_serve_is_refused(object_store, uri, why):
