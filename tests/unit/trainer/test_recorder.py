@@ -134,9 +134,27 @@ def test_after_a_restart_file_and_tracker_have_each_step_once(record, tmp_path, 
             recorder.add(line(number, **{"eval/kl": 2.0}), step([1], [True]), wait_s=0.0, is_logged=True)
     lines = [json.loads(text) for text in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [one["step"] for one in lines] == [1, 2, 3, 4]
+    assert {"time/steps_s", "time/waits_s"} <= lines[0].keys()
     wanted = [
         f"{one.pop('step')} {sorted((key, float(value)) for key, value in one.items() if key != 'time')}"
         for one in lines
     ]
     assert tracked[1].read_text().splitlines() == wanted
     assert "eval/kl" in wanted[2]
+
+
+def test_a_line_of_several_steps_has_the_seconds_of_them_all(record, tmp_path, monkeypatch):
+    """Steps of 10 s each, of which they waited 9, 1, 2, ...; an evaluation of 100 s after step 4."""
+    clock = iter([0.0, 10.0, 20.0, 30.0, 140.0, 150.0, 160.0])
+    monkeypatch.setattr("ray_kd.trainer.recorder.time.perf_counter", lambda: next(clock))
+    with record() as recorder:
+        for number in range(1, 7):
+            evaluated = {"eval/kl": 2.0, "time/eval_s": 100.0} if number == 4 else {}
+            recorder.add(
+                line(number, **evaluated), step([1], [True]), wait_s=None if number == 1 else number - 1.0,
+                is_logged=number % 2 == 0,
+            )  # fmt: skip
+    lines = [json.loads(text) for text in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [(one["step"], one["time/steps_s"], one["time/waits_s"]) for one in lines] == [
+        (2, 10.0, 1.0), (4, 20.0, 5.0), (6, 20.0, 9.0),
+    ]  # fmt: skip
