@@ -3,7 +3,9 @@
 The line is written first; what a tracker loses in a kill it is given again at the next start.
 """
 
+import itertools
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +45,16 @@ STEPS_S, WAITS_S, EVAL_S = "time/steps_s", "time/waits_s", "time/eval_s"
 first step of a start and without evaluations; seconds of the evaluation that followed its step."""
 
 
+class _History:
+    """The first lines of metrics.jsonl, read whenever they are asked for: they are not kept, and the file grows."""
+
+    def __init__(self, path: Path, num_lines: int) -> None:
+        self._path, self._num_lines = path, num_lines
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return itertools.islice(read_metrics(self._path), self._num_lines)
+
+
 class Recorder:
     """Does something on rank 0 alone.
 
@@ -63,7 +75,7 @@ class Recorder:
         run_dir = storage.path(spec.run_dir)
         self._logger = MetricLogger(path, last_step=first_step - 1)
         self._trackers = Trackers(
-            spec.trackers, Start(run_dir, spec.config_yaml, first_step - 1), history=list(read_metrics(path))
+            spec.trackers, Start(run_dir, spec.config_yaml, first_step - 1), _History(path, self._logger.num_kept)
         )  # fmt: skip
         self._exporter = exporter or Exporter(run_dir.name, pool=STUDENT)
         least, most = worker_range(spec.train)
