@@ -152,8 +152,8 @@ def timeline_of(run: Run) -> Timeline | None:
 class _Steps:
     """When the logged steps of the surviving history began and ended: one of these is all steps since the line before.
 
-    Of lines without the seconds of their steps, which earlier versions wrote, all until the first line of a start counts
-    as its loading, and the wait of its last step as the wait of a line.
+    Of lines without the seconds of their steps, which earlier versions wrote, all until the first line of a start
+    counts as its loading, and the wait of its last step as the wait of a line.
     """
 
     def __init__(self, run: Run) -> None:
