@@ -15,12 +15,13 @@ _PUBLISH_EVERY_S = 10.0
 class MetricLogger:
     """Appends metric lines to a JSONL file; NaN and infinity become null, since JSON has no word for them.
 
-    last_step: lines of later steps, and a line cut short by a kill, are removed first.
+    last_step: lines of later steps, and a line cut short by a kill, are removed first; `num_kept` are left.
     """
 
     def __init__(self, path: Path, last_step: int) -> None:
-        kept = [line for line in read_metrics(path) if line["step"] <= last_step]
-        write_text(path, "".join(_dump(line) for line in kept))
+        kept = [_dump(line) for line in read_metrics(path) if line["step"] <= last_step]
+        write_text(path, "".join(kept))
+        self.num_kept = len(kept)
         self._file = GrowingFile(path)
         self._published_at = time.monotonic()
 

@@ -13,6 +13,8 @@ MAX_POINTS = 600
 
 _LOG_RATIO = 50.0
 """Of the largest to the smallest value, from which on a scale is logarithmic."""
+_NOISE = 1e-6
+"""Of the largest value: what spans less is drawn as a flat line, as float32 is no more exact."""
 
 
 def decimate(xs: Column, ys: Column, most: int = MAX_POINTS) -> tuple[Column, Column]:
@@ -67,7 +69,10 @@ class Scale:
         low, high = float(np.nanmin(values)), float(np.nanmax(values))
         if may_be_log and low > 0 and high / low >= _LOG_RATIO:
             return cls(low / 1.1, high * 1.1, start, stop, is_log=True)
-        room = (high - low) * 0.05 or abs(low) * 0.1 or 1.0
+        largest = max(abs(low), abs(high))
+        room = (high - low) * 0.05 if high - low > _NOISE * largest else largest * 0.1
+        if room < 1e-300:  # nothing but zeros, or as good as that
+            room = 1.0
         if 0 <= low < high * 0.5 or 0 <= low - room < room:
             return cls(0.0, high + room, start, stop)
         return cls(low - room, high + room, start, stop)
@@ -81,16 +86,13 @@ class Scale:
     def ticks(self, about: int = 5) -> list[tuple[float, str]]:
         """(place, label) of round values on the scale."""
         values = self._powers(about) if self.is_log else self._multiples(about)
-        places = self.at(np.array(values))
-        decimals = None if self.is_log else _decimals(values)
-        if decimals is not None and decimals > 4:  # and no mixture of 0.0001 and 5e-5
-            return [(float(place), _power(value)) for place, value in zip(places, values, strict=True)]
-        return [(float(place), number(value, decimals)) for place, value in zip(places, values, strict=True)]
+        texts = [number(value) for value in values] if self.is_log else _texts(values)
+        return [(float(place), text) for place, text in zip(self.at(np.array(values)), texts, strict=True)]
 
     def _multiples(self, about: int) -> list[float]:
         step = round_step((self.high - self.low) / about)
         first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
-        return [round(index * step, 12) for index in range(first, last + 1)]
+        return sorted({float(f"{index * step:.15g}") for index in range(first, last + 1)})
 
     def _powers(self, about: int) -> list[float]:
         first, last = math.floor(math.log10(self.low)), math.ceil(math.log10(self.high))
@@ -106,21 +108,26 @@ def round_step(step: float) -> float:
     return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= step * (1 - 1e-9))
 
 
-def number(value: float, decimals: int | None = None) -> str:
+def number(value: float) -> str:
     """A short text of a number: at most four digits that count."""
     if value and not 1e-4 <= abs(value) < 1e7:
         return _power(value)
-    if decimals is not None:
-        return f"{value:,.{decimals}f}"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-def _power(value: float) -> str:
-    mantissa, _, power = f"{value:.2e}".partition("e")
+def _power(value: float, digits: int = 2) -> str:
+    """With so many digits after the point of the mantissa at most."""
+    mantissa, _, power = f"{value:.{digits}e}".partition("e")
     return f"{mantissa.rstrip('0').rstrip('.')}e{int(power)}" if value else "0"
 
 
-def _decimals(values: list[float]) -> int:
-    """Digits after the point that tell neighbours apart."""
-    step = min((abs(b - a) for a, b in itertools.pairwise(values)), default=abs(values[0]) or 1.0)
-    return max(0, -math.floor(math.log10(step) + 1e-9))
+def _texts(values: list[float]) -> list[str]:
+    """Of multiples of a step, in one way for all, with as many digits as tell neighbours apart."""
+    step = min((b - a for a, b in itertools.pairwise(values)), default=abs(values[0]) or 1.0)
+    largest = max(map(abs, values)) or 1.0
+    decimals = -math.floor(math.log10(step) + 1e-9)
+    digits = math.floor(math.log10(largest) + 1e-9) + decimals
+    # No mixture of 0.0001 and 5e-5; but 1.000002 says more than 1.000002e0.
+    if largest >= 1e7 or (decimals > 4 and (digits <= 2 or largest < 1e-4)):
+        return [_power(value, max(2, digits)) for value in values]
+    return [f"{value:,.{max(0, decimals)}f}" for value in values]

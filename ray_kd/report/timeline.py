@@ -8,11 +8,13 @@ import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 
 from ray_kd.report.axes import decimate, number, round_step
 from ray_kd.report.folder import Blocks, Column, Columns, Run
+from ray_kd.trainer.recorder import EVAL_S, STEPS_S, WAITS_S
 
 WIDTH, LEFT, RIGHT, TOP = 980, 150, 70, 26
 LANE, STRIP, SPACE = 16, 34, 8
@@ -24,6 +26,8 @@ _MOST_LANES = 12
 _MOST_MARKS = 150
 _LONG = 0.05
 """Of the time in which the run was on: a gap before a start that is longer is drawn as if it were that long."""
+_Mark = TypeVar("_Mark")
+
 _STEPS_S = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 10800, 21600, 43200, 86400)
 
 
@@ -115,7 +119,7 @@ def timeline_of(run: Run) -> Timeline | None:
     steps = _Steps(run)
     starts = _known(run.starts.get("time"))
     teachers = [(one, *one.spans) for one in run.actors]
-    events = [starts, steps.ends, *(_known(one.get("time")) for one in run.pools.values())]
+    events = [starts, steps.ends, steps.evaluated, *(_known(one.get("time")) for one in run.pools.values())]
     events += [edge for _, begins, ends in teachers for edge in (begins, ends)]
     every = np.concatenate(events)
     if not len(every) or every.max() <= every.min():
@@ -125,10 +129,10 @@ def timeline_of(run: Run) -> Timeline | None:
     drawn.gaps = [_gap(clock, begin, end) for begin, end in clock.gaps]
     drawn.began = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(clock.first))
     slots = run.starts.get("start_slot")[np.isfinite(run.starts.get("time"))]
-    drawn.starts = [
+    drawn.starts = _thinned([
         (float(place), f"start {index + 1}, from slot {slot:,.0f}")
         for index, (place, slot) in enumerate(zip(clock.at(starts), slots, strict=True))
-    ][:_MOST_MARKS]
+    ])  # fmt: skip
     drawn.marks = _marks(run, steps, clock)
     for label, begins, ends in _lanes(teachers):
         drawn.lanes.append(Lane(label, y, "teacher", _spans(clock, begins, ends, label)))
@@ -146,32 +150,45 @@ def timeline_of(run: Run) -> Timeline | None:
 
 
 class _Steps:
-    """When the logged steps of the surviving history began and ended."""
+    """When the logged steps of the surviving history began and ended: one of these is all steps since the line before.
+
+    Of lines without the seconds of their steps, which earlier versions wrote, all until the first line of a start
+    counts as its loading, and the wait of its last step as the wait of a line.
+    """
 
     def __init__(self, run: Run) -> None:
         ends, numbers = run.metrics.get("time"), run.metrics.get("step")
-        self._is_known = np.isfinite(ends)
-        self.numbers, self.ends = numbers[self._is_known], ends[self._is_known]
-        wait_s = np.nan_to_num(run.metrics.get("train/data_wait_s")[self._is_known])
+        is_known = np.isfinite(ends)
+        steps_s, waits_s, wait_s, eval_s = (
+            run.metrics.get(name)[is_known] for name in (STEPS_S, WAITS_S, "train/data_wait_s", EVAL_S)
+        )
+        self.numbers, self.ends = numbers[is_known], ends[is_known]
+        self.evaluated = self.ends + np.nan_to_num(eval_s)
+        """When the evaluation after a step ended, where there was one."""
         before = np.concatenate([[np.nan], self.ends])[: len(self.ends)]
-        count = np.diff(self.numbers, prepend=self.numbers[:1] - 1)
         starts = np.sort(_known(run.starts.get("time")))
         # The newest start before a step's end: one that came after the step before means that this step began anew.
         newest = np.concatenate([[np.nan], starts])[np.searchsorted(starts, self.ends, side="right")]
         self._is_first = np.isnan(before) | (newest > before)
-        self._begins = np.where(self._is_first, np.where(np.isfinite(newest), newest, self.ends), before)
-        # A line of several steps says how long the last of them waited.
-        self._waited = np.minimum(wait_s * np.maximum(count, 1), np.maximum(self.ends - self._begins, 0))
-        self._waited = np.where(self._is_first, 0.0, self._waited)
+        evaluated_before = np.concatenate([[np.nan], self.evaluated])[: len(self.ends)]
+        begins = np.where(self._is_first, np.where(np.isfinite(newest), newest, self.ends), evaluated_before)
+        self._begins = np.minimum(begins, self.ends)
+        trained_from = np.maximum(self.ends - np.nan_to_num(steps_s), self._begins)
+        self._trained_from = np.where(self._is_first, trained_from, self._begins)
+        is_summed = np.isfinite(waits_s)
+        waited = np.where(is_summed, waits_s, np.where(self._is_first, 0.0, np.nan_to_num(wait_s)))
+        self._waited_until = np.minimum(self._trained_from + waited, self.ends)
 
     def lanes(self) -> list[tuple[str, str, Column, Column]]:
-        """(kind, label, starts, ends): loading and the first step of each start, training, waiting."""
-        first, later = self._is_first, ~self._is_first
-        waited_until = self._begins + self._waited
+        """(kind, label, starts, ends): loading and the first step of each start, training, waiting, evaluations."""
+        first, is_evaluated = self._is_first, self.evaluated > self.ends
+        # Of the first line of a start nothing is left for training where it is of the first step alone.
+        is_trained, is_waited = self.ends > self._waited_until, self._waited_until > self._trained_from
         return [
-            ("start", "loading, first step", self._begins[first], self.ends[first]),
-            ("student", "student: training", waited_until[later], self.ends[later]),
-            ("wait", "student: waiting", self._begins[later], waited_until[later]),
+            ("start", "loading, first step", self._begins[first], self._trained_from[first]),
+            ("student", "student: training", self._waited_until[is_trained], self.ends[is_trained]),
+            ("wait", "student: waiting", self._trained_from[is_waited], self._waited_until[is_waited]),
+            ("evaluation", "student: evaluating", self.ends[is_evaluated], self.evaluated[is_evaluated]),
         ]
 
     def at(self, step: float) -> float | None:
@@ -266,16 +283,19 @@ def _marks(run: Run, steps: _Steps, clock: Clock) -> list[tuple[str, float, floa
         if name.startswith("eval/"):
             evaluated |= np.isfinite(run.metrics.get(name))
     found: list[tuple[str, float, float, str]] = []
-    numbers = run.metrics.get("step")[evaluated]
-    every = max(1, -(-len(numbers) // _MOST_MARKS))
     for kind, wanted, what in (
-        ("evaluation", numbers[::every].tolist(), "evaluation after step"),
+        ("evaluation", _thinned(run.metrics.get("step")[evaluated].tolist()), "evaluation after step"),
         ("checkpoint", run.checkpoint_steps, "checkpoint that is kept, of step"),
     ):
         for step in wanted:
             if (ended := steps.at(step)) is not None:
                 found.append((kind, float(clock.at(np.array([ended]))[0]), TOP + LANE / 2, f"{what} {step:.0f}"))
     return found
+
+
+def _thinned(marks: list[_Mark]) -> list[_Mark]:
+    """Every nth of them, so that they are few enough to look at."""
+    return marks[:: max(1, -(-len(marks) // _MOST_MARKS))]
 
 
 def _gap(clock: Clock, begin: float, end: float) -> tuple[float, float, str]:

@@ -13,12 +13,12 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from ray_kd import plugins
+from ray_kd import plugins, redact
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +26,8 @@ GROUP = "trackers"
 
 _CLOSE_S = 20.0
 _MOST_WAITING = 10_000
+_LONGEST = 300
+"""Characters of a reason."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +57,8 @@ class Tracker(Protocol):
 class Trackers:
     """All trackers of a run. Nothing here raises, nor waits for a tracker but `close`, for 20 seconds at most."""
 
-    def __init__(self, kinds: Sequence[Any], start: Start, history: Sequence[Mapping[str, Any]]) -> None:
-        """history: the lines up to start.last_step."""
+    def __init__(self, kinds: Sequence[Any], start: Start, history: Iterable[Mapping[str, Any]]) -> None:
+        """history: the lines up to start.last_step; each tracker's thread goes through them once, at its start."""
         self._threads = [_Thread(value, start, history) for value in kinds]
 
     def log(self, line: Mapping[str, Any]) -> None:
@@ -72,7 +74,7 @@ class Trackers:
 
 
 class _Thread:
-    def __init__(self, value: Any, start: Start, history: Sequence[Mapping[str, Any]]) -> None:
+    def __init__(self, value: Any, start: Start, history: Iterable[Mapping[str, Any]]) -> None:
         self._kind = plugins.kind_of(value)
         self._lines: queue.SimpleQueue[Mapping[str, Any] | None] = queue.SimpleQueue()
         self._is_given_up = False
@@ -93,7 +95,7 @@ class _Thread:
         if self._thread.is_alive():
             self._give_up(f"it did not end within {_CLOSE_S:g} s")
 
-    def _run(self, value: Any, start: Start, history: Sequence[Mapping[str, Any]]) -> None:
+    def _run(self, value: Any, start: Start, history: Iterable[Mapping[str, Any]]) -> None:
         try:
             module, options = plugins.options(GROUP, value, "run.trackers")
             tracker: Tracker = module.Tracker(options, start)
@@ -104,12 +106,13 @@ class _Thread:
                 tracker.log(next_line["step"], _numbers(next_line))
             tracker.close()
         except Exception as error:
-            self._give_up(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+            self._give_up(f"{type(error).__name__}: {error}")
 
     def _give_up(self, reason: str) -> None:
         if not self._is_given_up:
             self._is_given_up = True
-            logger.warning("the tracker '%s' gets nothing any more (metrics.jsonl has it all): %s", self._kind, reason)
+            line = " ".join(redact.redact(reason).split())[:_LONGEST]  # masked whole: a part of a secret is not known
+            logger.warning("the tracker '%s' gets nothing any more (metrics.jsonl has it all): %s", self._kind, line)
 
 
 def _numbers(line: Mapping[str, Any]) -> dict[str, float]:

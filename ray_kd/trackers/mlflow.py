@@ -1,8 +1,9 @@
 """MLflow: one run of an experiment, in files of the run folder or on a tracking server.
 
-The id of the MLflow run is kept in the run folder and found again after a restart. MLflow can take no point back: where
-it has points of steps after the checkpoint, its run is deleted (to MLflow's trash) and another one is made, with the
-lines of metrics.jsonl. Credentials come from the environment of the workers, as MLflow reads them.
+The id of the MLflow run is kept in the run folder and found again after a restart. Where the uri is another one by
+then, or the run was deleted there, a new one begins, with the lines of metrics.jsonl. So it does where MLflow has
+points of steps after the checkpoint, as it can take none back: its run is deleted (to MLflow's trash). Credentials come
+from the environment of the workers, as MLflow reads them.
 """
 
 import os
@@ -11,7 +12,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ray_kd import storage
+from ray_kd import redact, storage
 from ray_kd.errors import ConfigError
 from ray_kd.trackers import Start
 
@@ -30,7 +31,12 @@ class Config:
     """Name of the experiment, made where it is not there."""
 
     def __post_init__(self) -> None:
-        if self.uri is not None and not re.match(r"/|\w+:/|databricks", self.uri):
+        if self.uri is not None and redact.redact(self.uri) != self.uri:
+            raise ConfigError(
+                f"run.trackers: the uri of mlflow holds a credential ({redact.redact(self.uri)}): these come from the "
+                "environment of the workers"
+            )
+        if self.uri is not None and not re.match(r"/|[\w+]+:/|databricks", self.uri):
             raise ConfigError(
                 f"run.trackers: the uri of mlflow is '{self.uri}': allowed is https://..., sqlite:///... or an "
                 "absolute path"
@@ -50,14 +56,14 @@ class Tracker:
 
         self._client = MlflowClient(options.uri or (start.run_dir / "mlflow").as_uri())
         path = start.run_dir / _RUN_ID
-        known = storage.read_text(path).strip() if path.exists() else None
+        known = self._known(storage.read_text(path), options.uri) if path.exists() else None
         self.last_step = 0 if known is None else self._newest_step(known)
         if known is not None and self.last_step > start.last_step:
             self._client.delete_run(known)
             known, self.last_step = None, 0
         if known is None:
             known = self._make(options.experiment, start)
-            storage.write_text(path, known + "\n")
+            storage.write_text(path, f"{known}\n{options.uri or ''}\n")
         else:
             self._client.update_run(known, status="RUNNING")
         self._run_id = known
@@ -72,6 +78,21 @@ class Tracker:
 
     def close(self) -> None:
         self._client.set_terminated(self._run_id)
+
+    def _known(self, text: str, uri: str | None) -> str | None:
+        """The id of the run, as `mlflow_run_id` has it with the uri below; None where this store has no such run."""
+        from mlflow.exceptions import MlflowException
+
+        run_id, *of = text.splitlines()
+        if of and of[0] != (uri or ""):
+            return None
+        try:
+            run = self._client.get_run(run_id)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return None
+        return run_id if run.info.lifecycle_stage == "active" else None
 
     def _newest_step(self, run_id: str) -> int:
         return max((point.step for point in self._client.get_metric_history(run_id, _STEP)), default=0)

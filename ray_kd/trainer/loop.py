@@ -20,7 +20,7 @@ from ray_kd.errors import ConfigError
 from ray_kd.locks import Held, writer_lock
 from ray_kd.payloads import HIDDEN_STATES
 from ray_kd.trainer.feed import Expected, Feed
-from ray_kd.trainer.recorder import Recorder
+from ray_kd.trainer.recorder import EVAL_S, Recorder
 from ray_kd.trainer.schedule import learning_rate
 
 if TYPE_CHECKING:
@@ -170,7 +170,9 @@ def _train(spec: TrainSpec, feed: Feed, held: Held, rank: int, world: int) -> No
             metrics = _metrics(step, result, rate, wait_s, spec) | schedules.metrics(step)
             is_evaluated = evaluate is not None and _is_due(step, options.eval_every, spec.num_steps)
             if evaluate is not None and is_evaluated:
+                eval_start = time.perf_counter()
                 metrics |= {f"eval/{name}": value for name, value in evaluate(engine).items()}
+                metrics[EVAL_S] = time.perf_counter() - eval_start
             is_notable = is_last or is_evaluated or result.is_bad
             timed_wait_s = wait_s if step > first_step else None
             recorder.add(metrics, result, wait_s=timed_wait_s, is_logged=is_notable or step % options.log_every == 0)

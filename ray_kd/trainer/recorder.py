@@ -3,7 +3,9 @@
 The line is written first; what a tracker loses in a kill it is given again at the next start.
 """
 
+import itertools
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +40,20 @@ _OF_STEP = {
 
 _TERM, _LOSS = "train/", "_loss"
 
+STEPS_S, WAITS_S, EVAL_S = "time/steps_s", "time/waits_s", "time/eval_s"
+"""Keys of a line: seconds of the steps since the line before, and of their waits for the teacher, both without the
+first step of a start and without evaluations; seconds of the evaluation that followed its step."""
+
+
+class _History:
+    """The first lines of metrics.jsonl, read whenever they are asked for: they are not kept, and the file grows."""
+
+    def __init__(self, path: Path, num_lines: int) -> None:
+        self._path, self._num_lines = path, num_lines
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return itertools.islice(read_metrics(self._path), self._num_lines)
+
 
 class Recorder:
     """Does something on rank 0 alone.
@@ -52,13 +68,14 @@ class Recorder:
     ) -> None:  # fmt: skip
         self._is_first = rank == 0
         self._tokens = 0
+        self._steps_s = self._waits_s = 0.0
         self._start = self._step_start = time.perf_counter()
         if not self._is_first:
             return
         run_dir = storage.path(spec.run_dir)
         self._logger = MetricLogger(path, last_step=first_step - 1)
         self._trackers = Trackers(
-            spec.trackers, Start(run_dir, spec.config_yaml, first_step - 1), history=list(read_metrics(path))
+            spec.trackers, Start(run_dir, spec.config_yaml, first_step - 1), _History(path, self._logger.num_kept)
         )  # fmt: skip
         self._exporter = exporter or Exporter(run_dir.name, pool=STUDENT)
         least, most = worker_range(spec.train)
@@ -94,13 +111,22 @@ class Recorder:
         if not self._is_first:
             return
         now = time.perf_counter()
-        self._export(metrics, result, wait_s, now - self._step_start)
+        step_s = now - self._step_start
+        self._export(metrics, result, wait_s, step_s)
         self._step_start = now
+        if wait_s is not None:
+            self._steps_s += step_s - metrics.get(EVAL_S, 0.0)
+            self._waits_s += wait_s
         if is_logged:
-            line = metrics | {"train/tokens_per_second": self._tokens / (now - self._start)}
+            line = metrics | {
+                "train/tokens_per_second": self._tokens / (now - self._start),
+                STEPS_S: self._steps_s,
+                WAITS_S: self._waits_s,
+            }
             self._logger.log(line)
             self._trackers.log(line)
             self._tokens, self._start = 0, now
+            self._steps_s = self._waits_s = 0.0
 
     def committed(self, step: int, write_s: float) -> None:
         """A checkpoint counts from now on; write_s: what rank 0's files of it took."""

@@ -3,14 +3,17 @@
 import json
 import logging
 import os
+import shutil
 import struct
+import subprocess
+import sys
 import threading
 
 import pytest
 
 from ray_kd import config, plugins, validate
 from ray_kd.errors import ConfigError
-from ray_kd.trackers import GROUP, Start, Trackers
+from ray_kd.trackers import GROUP, Start, Trackers, mlflow
 
 KINDS = plugins.available(GROUP)
 
@@ -149,6 +152,79 @@ def test_one_that_is_new_to_the_run_gets_the_lines_before(kind, run_dir):
     assert READERS[kind](run_dir)["train/loss"] == [(1, 1.125), (2, 1.25), (3, 1.375)]
 
 
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_one_that_was_left_out_of_a_start_gets_its_lines(kind, run_dir, is_killed, monkeypatch):
+    """Steps 1 to 3, 4 to 6 without it, 7 to 9; and where the first start was killed before it wrote anything."""
+    if is_killed:
+        monkeypatch.setattr(f"ray_kd.trackers.{kind}.Tracker.log", lambda *_: None)
+    attempt(kind, run_dir, 0, range(1, 4), of=1)
+    monkeypatch.undo()
+    attempt(kind, run_dir, 6, range(7, 10), of=1, history=[line(step, of=1) for step in range(1, 7)])
+    points = READERS[kind](run_dir)["train/loss"]
+    assert points == [(step, 1 + step / 8) for step in range(1, 10)]
+
+
+def test_tensorboard_lacks_nothing_that_a_kill_kept_from_the_disk(run_dir):
+    """Killed at step 5, of which nothing was flushed, and gone on from step 4; then killed again, from step 6."""
+    pytest.importorskip("tensorboard")
+    kill = """
+import os, pathlib, sys, json
+from ray_kd.trackers import Start, tensorboard
+run_dir, last, stop = pathlib.Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+tracker = tensorboard.Tracker(tensorboard.Config(flush_s=600), Start(run_dir, "run: {seed: 7}", last))
+for step in range(tracker.last_step + 1, stop + 1):
+    tracker.log(step, {"train/loss": 0.5 if step > last else 1 + step / 8})
+os._exit(9)
+"""
+    for last, stop in ((0, 5), (4, 7)):
+        assert subprocess.run([sys.executable, "-c", kill, str(run_dir), str(last), str(stop)]).returncode == 9
+    attempt("tensorboard", run_dir, 6, range(7, 9), of=1, history=[line(step, of=1) for step in range(1, 7)])
+    assert tensorboard_points(run_dir)["train/loss"] == [(step, 1 + step / 8) for step in range(1, 9)]
+    assert len(text_events(run_dir)) == 1, "the config is told once"
+
+
+def text_events(run_dir):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    accumulator = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"tensors": 0})
+    accumulator.Reload()
+    return accumulator.Tensors("config/text_summary")
+
+
+def test_mlflow_begins_a_new_run_where_the_store_is_another(run_dir, tmp_path):
+    pytest.importorskip("mlflow")
+    history = [line(step, of=1) for step in range(1, 7)]
+    other = {"kind": "mlflow", "uri": str(tmp_path / "other")}
+    attempt("mlflow", run_dir, 0, range(1, 4), of=1)
+    attempt(other, run_dir, 3, range(4, 7), of=1, history=history[:3])
+    (tmp_path / "other").rename(run_dir / "moved")
+    moved = {"kind": "mlflow", "uri": str(run_dir / "moved")}
+    attempt(moved, run_dir, 6, [7], of=1, history=history)
+    shutil.rmtree(run_dir / "mlflow")
+    (run_dir / "moved").rename(run_dir / "mlflow")
+    from mlflow import MlflowClient
+
+    client = MlflowClient((run_dir / "mlflow").as_uri())
+    runs = client.search_runs([client.get_experiment_by_name("ray_kd").experiment_id])
+    steps = [[point.step for point in client.get_metric_history(run.info.run_id, "train/loss")] for run in runs]
+    assert sorted(steps) == [[1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 6, 7]]
+
+
+@pytest.mark.parametrize("how", ["in the trash", "gone"])
+def test_mlflow_begins_a_new_run_where_its_own_was_deleted(run_dir, how):
+    pytest.importorskip("mlflow")
+    from mlflow import MlflowClient
+
+    attempt("mlflow", run_dir, 0, range(1, 4), of=1)
+    run_id = (run_dir / "mlflow_run_id").read_text().split()[0]
+    if how == "gone":
+        shutil.rmtree(next((run_dir / "mlflow").glob(f"*/{run_id}")))
+    else:
+        MlflowClient((run_dir / "mlflow").as_uri()).delete_run(run_id)
+    attempt("mlflow", run_dir, 3, [4], of=1, history=[line(step, of=1) for step in range(1, 4)])
+    assert mlflow_points(run_dir)["train/loss"] == [(step, 1 + step / 8) for step in range(1, 5)]
+
+
 FAILING = """
 from dataclasses import dataclass
 
@@ -192,6 +268,19 @@ def test_one_that_fails_is_named_once_and_the_others_go_on(run_dir, third_party,
     assert f"'{kind}'" in message
     assert "the server is gone" in message
     assert len(tensorboard_points(run_dir)["train/loss"]) == 3
+
+
+def test_what_a_library_says_of_its_secrets_is_masked(run_dir, third_party, monkeypatch, caplog):
+    """Also where the text is cut within one."""
+    monkeypatch.setenv("WANDB_API_KEY", "s3cretvalue123456")
+    said = f"401 for https://me:hunter22@host {'x' * 230} with key s3cretvalue123456"
+    kind = third_party("telling", FAILING.replace('"the server is gone"', repr(said)))
+    with caplog.at_level(logging.WARNING):
+        attempt(kind, run_dir, 0, [1], of=1)
+    (message,) = caplog.messages
+    assert "401 for https://***@host" in message
+    assert "hunter22" not in message
+    assert "s3c" not in message
 
 
 def test_one_that_hangs_costs_the_end_a_moment_and_the_steps_nothing(run_dir, third_party, monkeypatch, caplog):
@@ -240,6 +329,10 @@ def test_a_config_with_trackers_is_valid(tmp_path, value):
         ("[{kind: wandb, colour: x}]", "run.trackers[0]: unknown option 'colour' of kind 'wandb'"),
         ("[{kind: wandb, api_key: x}]", "run.trackers.0.api_key is named like a credential"),
         ("[{kind: mlflow, uri: mlruns}]", "uri of mlflow is 'mlruns'"),
+        (
+            "[{kind: mlflow, uri: 'mysql+pymysql://u:hunter22@h/db'}]",
+            "uri of mlflow holds a credential (mysql+pymysql://***@h/db)",
+        ),
         ("[7]", "run.trackers[0] is 7: allowed is a kind or {kind: ..., options}"),
     ],
 )
@@ -275,6 +368,15 @@ def test_a_relative_folder_starts_where_the_user_does(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     loaded = load(tmp_path, "run.trackers=[{kind: tensorboard, dir: charts}]")
     assert loaded.run.trackers == [{"kind": "tensorboard", "dir": str(tmp_path / "charts")}]
+
+
+@pytest.mark.parametrize(
+    "uri",
+    ["mysql+pymysql://u@h/db", "postgresql+psycopg2://u@h/db", "sqlite:////x.db", "https://x", "/x", "databricks",
+     "databricks://profile", "file:///x"],
+)  # fmt: skip
+def test_uris_of_mlflow(uri):
+    assert mlflow.Config(uri=uri).uri == uri
 
 
 def test_trackers_are_no_part_of_a_runs_identity(tmp_path):

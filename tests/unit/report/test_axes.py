@@ -57,6 +57,26 @@ def test_ticks_are_on_the_scale_and_differ(values, is_log):
     assert ((places >= 10) & (places <= 200)).all()
 
 
+@pytest.mark.parametrize("values", [
+    [1.0, 1.0 + 6e-8], [0.5, 0.5 + 1e-13], [1.0, 1.0 - 1.1e-16], [3e-14, 9e-14], [5e-324, 2e-323], [-1.0, -1.0 + 6e-8],
+    [1.0, 1.000003], [1.00002e-5, 1.00009e-5], [123_456_701.0, 123_458_709.0], [5.0e6, 1.9e7], [2e15, 2e15 + 1],
+])  # fmt: skip
+def test_values_that_are_almost_the_same_have_ticks_that_differ(values):
+    scale = Scale.over(np.array(values), 200.0, 10.0)
+    ticks = scale.ticks()
+    assert 2 <= len(ticks) <= 12
+    assert len({text for _, text in ticks}) == len(ticks)
+    assert all(len(text) <= 11 for _, text in ticks), "there is room for no more"
+    assert ((scale.at(np.array(values)) >= 10) & (scale.at(np.array(values)) <= 200)).all()
+
+
+def test_noise_of_floats_is_a_flat_line():
+    rng = np.random.default_rng(0)
+    scale = Scale.over(1 + rng.uniform(-6e-8, 6e-8, 1000), 200.0, 10.0)
+    assert np.ptp(scale.at(1 + np.array([-6e-8, 6e-8]))) < 0.01
+    assert [text for _, text in scale.ticks()] == ["0.90", "0.95", "1.00", "1.05", "1.10"]
+
+
 @pytest.mark.parametrize(
     ("value", "text"),
     [(0, "0"), (3.28227, "3.282"), (0.00005, "5e-5"), (123456.7, "123,457"), (2.5e9, "2.5e9"), (-0.5, "-0.5")],

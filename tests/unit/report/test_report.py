@@ -1,5 +1,6 @@
 """report.html: its figures are the run's, it needs nothing else, and nothing in a run becomes markup."""
 
+import itertools
 import json
 import re
 import time
@@ -13,6 +14,8 @@ import yaml
 
 from ray_kd import cli, pipeline, report, run_folder, storage
 from ray_kd.errors import ConfigError, DataError, RetryableError
+from ray_kd.report import timeline
+from ray_kd.report.folder import read
 from tests import fake_run
 from tests.report_run import AFTER, BEFORE, BEGAN, CONFIG, Page, metrics_line, summary, write_lines, write_run
 
@@ -214,6 +217,61 @@ def test_several_starts_show_their_gaps(tmp_path):
     ticks = re.findall(r'y2="[\d.]+"/><text class="tick middle" x="([\d.]+)"[^>]*>[\d:]+ (?:s|min|h)</text>', timeline)
     assert len(ticks) > 3
     assert min(b - a for a, b in zip(map(float, ticks), map(float, ticks[1:]), strict=False)) > 40
+
+
+def student_lanes(folder: Path) -> dict[str, int]:
+    """Seconds in each of the student's lanes."""
+    steps = timeline._Steps(read(folder))
+    return {kind: round(float((ends - begins).sum())) for kind, _, begins, ends in steps.lanes()}
+
+
+def slow_run(folder: Path, log_every: int, **of_lines: float) -> Path:
+    """Two starts of 50 steps of 10 s each, 60 s of loading before; every tenth step waits for 9 s, others do not.
+
+    An evaluation of 200 s follows steps 30 and 100. of_lines: seconds a line says of each step in it.
+    """
+    write_run(folder)
+    write_lines(
+        folder / "attempts.jsonl", [{"start_slot": 0, "time": BEGAN}, {"start_slot": 0, "time": BEGAN + 50_000}]
+    )
+    lines, first = [], 0
+    for step in range(1, 101):
+        index = (step - 1) % 50
+        if index == 0:
+            first = step
+        time = BEGAN + (0 if step <= 50 else 50_000) + 60 + 10 * (index + 1) + (200 if 30 < step <= 50 else 0)
+        line = metrics_line(step, time) | {"train/data_wait_s": 9.0 if step % 10 == 0 else 0.0}
+        if step in (30, 100):
+            line |= {"eval/kl": 1.0, "time/eval_s": 200.0}
+        if step % log_every == 0:
+            num_steps = log_every - (step - log_every < first)  # without the first of a start
+            lines.append(line | {name.replace("__", "/"): num_steps * value for name, value in of_lines.items()})
+    write_lines(folder / "metrics.jsonl", lines)
+    return folder
+
+
+@pytest.mark.parametrize("log_every", [1, 2, 10])
+def test_the_students_time_is_the_same_however_often_it_is_logged(tmp_path, log_every):
+    folder = slow_run(tmp_path / "mine", log_every, time__steps_s=10.0, time__waits_s=0.5)
+    assert student_lanes(folder) == {"start": 140, "student": 931, "wait": 49, "evaluation": 400}
+    titles = re.findall(r"<title>(.*?)</title>", report.render([(folder, ())]))
+    assert any(title.startswith("student: evaluating: ") for title in titles)
+    gap = next(title for title in titles if title.startswith("nothing ran for"))
+    assert gap == "nothing ran for 13:40 h", "until 760 s it evaluated and trained"
+
+
+def test_of_a_line_that_says_nothing_of_its_steps_one_wait_is_drawn(tmp_path):
+    assert student_lanes(slow_run(tmp_path / "mine", 10))["wait"] == 8 * 9
+    assert student_lanes(slow_run(tmp_path / "all", 1))["wait"] == 10 * 9
+
+
+def test_flags_of_many_starts_reach_the_end(tmp_path):
+    folder = write_run(tmp_path / "mine", steps=300, starts=tuple(float(20 * i) for i in range(300)))
+    drawn = timeline.timeline_of(read(folder))
+    assert 75 <= len(drawn.starts) <= 150
+    places = [place for place, _ in drawn.starts]
+    assert max(b - a for a, b in itertools.pairwise(places)) < 20
+    assert drawn.starts[-1][1] in ("start 299, from slot 0", "start 300, from slot 0")
 
 
 def test_a_run_whose_teachers_worked_and_whose_student_never_did(tmp_path):

@@ -1,11 +1,14 @@
 """What rank 0 tells of a step: metrics.jsonl, the trackers and Prometheus say the same."""
 
 import json
+import time
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from ray_kd import metrics
 from ray_kd.config import Train
 from ray_kd.ray_metrics import Exporter
 from ray_kd.trainer.recorder import Recorder
@@ -22,7 +25,7 @@ class Tracker:
         self.last_step, self._file = 0, open(options.path, "w")
 
     def log(self, step, metrics):
-        print(step, sorted(metrics.items()), file=self._file)
+        print(step, sorted(metrics.items()), file=self._file, flush=True)
 
     def close(self):
         self._file.close()
@@ -50,9 +53,9 @@ def record(tmp_path, sent, tracked):
     run_dir = tmp_path / "run"
     run_dir.mkdir()
 
-    def open_recorder(first_step=1, rank=0):
+    def open_recorder(first_step=1, rank=0, trackers=(tracked[0],)):
         spec = SimpleNamespace(
-            run_dir=str(run_dir), trackers=[tracked[0]], config_yaml="", train=Train(num_workers=[1, 4]), num_steps=9
+            run_dir=str(run_dir), trackers=list(trackers), config_yaml="", train=Train(num_workers=[1, 4]), num_steps=9
         )
         exporter = Exporter(
             run_dir.name, send=lambda m, value, tags: sent.append((m.name, value, tags)), pool="student"
@@ -134,9 +137,59 @@ def test_after_a_restart_file_and_tracker_have_each_step_once(record, tmp_path, 
             recorder.add(line(number, **{"eval/kl": 2.0}), step([1], [True]), wait_s=0.0, is_logged=True)
     lines = [json.loads(text) for text in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [one["step"] for one in lines] == [1, 2, 3, 4]
+    assert {"time/steps_s", "time/waits_s"} <= lines[0].keys()
     wanted = [
         f"{one.pop('step')} {sorted((key, float(value)) for key, value in one.items() if key != 'time')}"
         for one in lines
     ]
     assert tracked[1].read_text().splitlines() == wanted
     assert "eval/kl" in wanted[2]
+
+
+def test_the_lines_before_are_read_by_trackers_alone_and_not_kept(record, tmp_path, tracked, monkeypatch):
+    with record() as recorder:
+        for number in range(1, 6):
+            recorder.add(line(number), step([1], [True]), wait_s=0.0, is_logged=True)
+    live = weakref.WeakSet()
+
+    class Line(dict):
+        __hash__ = object.__hash__
+
+    def read_metrics(path):
+        for one in metrics.read_metrics(path):
+            kept = Line(one)
+            live.add(kept)
+            yield kept
+
+    monkeypatch.setattr("ray_kd.trainer.recorder.read_metrics", read_metrics)
+    with record(first_step=6) as recorder:
+        recorder.add(line(6), step([1], [True]), wait_s=0.0, is_logged=True)
+        wait_for(lambda: len(tracked[1].read_text().splitlines()) == 6 if tracked[1].exists() else False)
+        assert len(live) <= 1, "but for the one at hand"
+    monkeypatch.setattr("ray_kd.trainer.recorder.read_metrics", lambda path: pytest.fail("nobody asked for them"))
+    with record(first_step=6, trackers=[]):
+        pass
+
+
+def wait_for(is_so, timeout_s=20.0):
+    deadline = time.monotonic() + timeout_s
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_line_of_several_steps_has_the_seconds_of_them_all(record, tmp_path, monkeypatch):
+    """Steps of 10 s each, of which they waited 9, 1, 2, ...; an evaluation of 100 s after step 4."""
+    clock = iter([0.0, 10.0, 20.0, 30.0, 140.0, 150.0, 160.0])
+    monkeypatch.setattr("ray_kd.trainer.recorder.time.perf_counter", lambda: next(clock))
+    with record() as recorder:
+        for number in range(1, 7):
+            evaluated = {"eval/kl": 2.0, "time/eval_s": 100.0} if number == 4 else {}
+            recorder.add(
+                line(number, **evaluated), step([1], [True]), wait_s=None if number == 1 else number - 1.0,
+                is_logged=number % 2 == 0,
+            )  # fmt: skip
+    lines = [json.loads(text) for text in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [(one["step"], one["time/steps_s"], one["time/waits_s"]) for one in lines] == [
+        (2, 10.0, 1.0), (4, 20.0, 5.0), (6, 20.0, 9.0),
+    ]  # fmt: skip
