@@ -53,9 +53,8 @@ def _judge(samples: dict[str, Sample], subject: Subject) -> Iterator[Finding]:
     """What cannot be used, as the run counts it: of all sources together."""
     for key, sample in samples.items():
         if sample.is_all and not sample.usable:
-            why = "its files are empty" if not sample.bad else "none can be used"
-            what = "records" if not sample.bad else "usable record"
-            yield Finding("records", FAILED, f"{key} has no {what}: {why}", DataError.exit_code)
+            why = f"usable record: all {len(sample.bad)} are refused" if sample.bad else "records: its files are empty"
+            yield Finding("records", FAILED, f"{key} has no {why}", DataError.exit_code)
     bad = [one for sample in samples.values() for one in sample.bad]
     if not bad:
         return
