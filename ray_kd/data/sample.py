@@ -9,7 +9,7 @@ from itertools import islice
 
 from ray_kd.data.plan import Plan
 from ray_kd.data.records import BadRecord, Document, Record, Segment
-from ray_kd.data.shard import source_and_format, usable
+from ray_kd.data.shard import hash_text, is_held_out, source_and_format, usable
 from ray_kd.data.tokenizer import load_tokenizer
 
 
@@ -20,6 +20,10 @@ class Sampled:
     record: Record
     segments: list[Segment]
     document: Document
+    route: str
+    """"" where nothing is routed."""
+    is_held_out: bool
+    """It is of the eval source, or of the fraction that is kept for evaluation."""
 
 
 @dataclass(frozen=True)
@@ -51,5 +55,7 @@ def read_sample(plan: Plan, is_eval: bool, limit: int) -> Sample:
             bad.append(found)
             continue
         assert isinstance(record, Record)
-        good.append(Sampled(record, list(form.segments(record.data, tokenizer)), found[1]))
+        route, document, text = found
+        held_out = is_eval or is_held_out(hash_text(text), task.seed, task.eval_fraction)
+        good.append(Sampled(record, list(form.segments(record.data, tokenizer)), document, route, held_out))
     return Sample(good, bad, is_all=next(records, None) is None)

@@ -27,7 +27,7 @@ from ray_kd.preflight.packages import check_packages
 from ray_kd.preflight.report import FAILED, OK, SKIPPED, WARNING, Finding, Join, Report, Subject
 from ray_kd.preflight.server import check_server
 from ray_kd.preflight.settings import check_engine, check_network, check_settings, check_values
-from ray_kd.preflight.space import check_disk, check_permissions, check_run_dir
+from ray_kd.preflight.space import check_disk, check_permissions, check_run_dir, is_finished
 
 __all__ = ["FAILED", "OK", "SKIPPED", "WARNING", "Finding", "Report", "examine"]
 
@@ -68,6 +68,10 @@ CHECKS = (
 )
 
 
+_OF_FINISHED = ("config", "settings", "run.dir")
+"""Of a run that is finished nothing else is looked at, by the same command as here."""
+
+
 def examine(
     load: Callable[[], RunConfig], *, offline: bool = False, loads: bool = False, join: Join = cluster.joining
 ) -> Report:  # fmt: skip
@@ -81,7 +85,14 @@ def examine(
     except ConfigError as error:
         rest = [Finding(check.name, SKIPPED, "there is no config to look at") for check in CHECKS[1:]]
         return Report([Finding("config", FAILED, str(error), error.exit_code), *rest])
-    return Report([finding for check in CHECKS for finding in _run(check, subject)])
+    is_done = is_finished(subject)
+    findings = []
+    for check in CHECKS:
+        if is_done and check.name not in _OF_FINISHED:
+            findings.append(Finding(check.name, SKIPPED, "the run in run.dir is finished and needs it no more"))
+        else:
+            findings += _run(check, subject)
+    return Report(findings)
 
 
 def _run(check: _Check, subject: Subject) -> list[Finding]:

@@ -34,37 +34,62 @@ def check_sources(subject: Subject) -> Iterator[Finding]:
 def check_records(subject: Subject) -> Iterator[Finding]:
     """The first records of each source through the format and the tokenizer."""
     subject.plan = pipeline.plan_of(subject.config)
-    for is_eval, key in ((False, "data.source"), (True, "data.eval_source")):
-        if is_eval and subject.config.data.eval_source is None:
-            continue
-        sample = read_sample(subject.plan, is_eval, NUM_RECORDS)
-        if sample.usable and not is_eval:
-            subject.sample = sample
-        yield from _judge(sample, key, subject)
+    samples = {"data.source": read_sample(subject.plan, False, NUM_RECORDS)}
+    if subject.config.data.eval_source is not None:
+        samples["data.eval_source"] = read_sample(subject.plan, True, NUM_RECORDS)
+    if samples["data.source"].usable:
+        subject.sample = samples["data.source"]
+    found = list(_judge(samples, subject))
+    yield from found
+    if not any(finding.state == FAILED for finding in found) and all(sample.is_all for sample in samples.values()):
+        _check_both_sides(list(samples.values()), subject)
+    for key, sample in samples.items():
+        if sample.usable:
+            seen = f"{key}: {len(sample.usable)} of {_which([sample])} usable, {_in_tokens(sample, subject)}"
+            yield Finding("records", OK, seen)
 
 
-def _judge(sample: Sample, key: str, subject: Subject) -> Iterator[Finding]:
-    count, limit = sample.num_records, subject.config.data.max_bad_fraction
-    if not count:
-        yield Finding("records", FAILED, f"{key} has no records: its files are empty", DataError.exit_code)
+def _judge(samples: dict[str, Sample], subject: Subject) -> Iterator[Finding]:
+    """What cannot be used, as the run counts it: of all sources together."""
+    for key, sample in samples.items():
+        if sample.is_all and not sample.usable:
+            why = f"usable record: all {len(sample.bad)} are refused" if sample.bad else "records: its files are empty"
+            yield Finding("records", FAILED, f"{key} has no {why}", DataError.exit_code)
+    bad = [one for sample in samples.values() for one in sample.bad]
+    if not bad:
         return
-    which = f"all {count} records" if sample.is_all else f"the first {count} records"
-    if sample.bad:
-        fraction, first = len(sample.bad) / count, sample.bad[0]
-        reasons = Counter(bad.reason for bad in sample.bad).most_common(3)
-        seen = (
-            f"{len(sample.bad)} of {which} of {key} ({fraction:.1%}) cannot be used, the first at "
-            f"{first.file}:{first.line}: {', '.join(f'{reason} ({number})' for reason, number in reasons)}"
-        )
-        if not sample.usable or fraction > limit:
-            yield Finding(
-                "records", FAILED, f"{seen}; allowed is data.max_bad_fraction={limit:g}: mend them, choose another "
-                "data.format, or allow more", DataError.exit_code,
-            )  # fmt: skip
-        else:
-            yield Finding("records", WARNING, f"{seen}; they will be left out (quarantine.jsonl lists them)")
-    if sample.usable:
-        yield Finding("records", OK, f"{key}: {len(sample.usable)} of {which} usable, {_in_tokens(sample, subject)}")
+    limit, fraction = subject.config.data.max_bad_fraction, len(bad) / sum(s.num_records for s in samples.values())
+    reasons = Counter(one.reason for one in bad).most_common(3)
+    seen = (
+        f"{len(bad)} of {_which(list(samples.values()))} of {' and '.join(samples)} ({fraction:.1%}) cannot be used, "
+        f"the first at {bad[0].file}:{bad[0].line}: {', '.join(f'{reason} ({number})' for reason, number in reasons)}"
+    )
+    if fraction <= limit:
+        yield Finding("records", WARNING, f"{seen}; they will be left out (quarantine.jsonl lists them)")
+        return
+    advice = "mend them, choose another data.format, or allow more"
+    if all(sample.is_all for sample in samples.values()):
+        seen = f"{seen}; allowed is data.max_bad_fraction={limit:g}: {advice}"
+        yield Finding("records", FAILED, seen, DataError.exit_code)
+    else:
+        seen = f"{seen}; more than data.max_bad_fraction={limit:g} allows, if the rest is alike: {advice}"
+        yield Finding("records", WARNING, seen)
+
+
+def _which(samples: list[Sample]) -> str:
+    count = sum(sample.num_records for sample in samples)
+    return f"all {count} records" if all(sample.is_all for sample in samples) else f"the first {count} records"
+
+
+def _check_both_sides(samples: list[Sample], subject: Subject) -> None:
+    """Raise what the preparation of exactly these records raises, where none is left to train on or to evaluate."""
+    from ray_kd.data.prepare import _check_sides
+
+    counts: Counter[str] = Counter()
+    for one in (one for sample in samples for one in sample.usable):
+        side = "eval" if one.is_held_out else "train"
+        counts.update({f"{side}_documents": 1, f"{side}_rows": 1})  # each has a target, and so a row at least
+    _check_sides(counts, subject.config.data)
 
 
 def _in_tokens(sample: Sample, subject: Subject) -> str:

@@ -11,9 +11,6 @@ from ray_kd.preflight.report import FAILED, OK, SKIPPED, WARNING, Finding, Subje
 from ray_kd.preflight.space import nearest
 from ray_kd.run_folder import run_dir
 
-_OBJECT_STORE_SHARE = 0.3
-"""Of the memory that is free, which a local Ray takes for its object store."""
-
 
 def check_fit(subject: Subject) -> Iterator[Finding]:
     """The nodes there are, those of the configured cluster or this machine, against what the run asks for."""
@@ -67,6 +64,7 @@ def _check_memory(subject: Subject, held: int, where: str) -> Iterator[Finding]:
 
 
 def _local_store_nbytes() -> int:
-    import psutil
+    """What a local Ray would take now: 30 % of the free memory, at most what /dev/shm and Ray's own limit allow."""
+    from ray._private.utils import estimate_available_memory, resolve_object_store_memory
 
-    return int(_OBJECT_STORE_SHARE * psutil.virtual_memory().available)
+    return int(resolve_object_store_memory(estimate_available_memory()))

@@ -5,14 +5,13 @@ import tomllib
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 from packaging.requirements import Requirement
 
-from ray_kd import cluster, plugins, storage
+from ray_kd import cluster, storage
 from ray_kd.config import RunConfig, each_teacher
 from ray_kd.errors import ConfigError
-from ray_kd.preflight.report import FAILED, OK, WARNING, Finding, Subject
+from ray_kd.preflight.report import FAILED, OK, WARNING, Finding, Subject, kind_of
 
 _DISTRIBUTION = "ray_kd"
 _OF_TEACHERS = ("vllm", "multi-gpu")
@@ -54,24 +53,17 @@ def check_packages(subject: Subject) -> Iterator[Finding]:
 def _extras(config: RunConfig) -> Iterator[tuple[str, str]]:
     """(extra, what of the config needs it)."""
     sources = [config.data.source] + ([config.data.eval_source] if config.data.eval_source is not None else [])
-    if any(_kind(source) == "huggingface" for source in sources):
+    if any(kind_of(source) == "huggingface" for source in sources):
         yield "hub", "data.source=huggingface"
     if config.run.dir.startswith("s3://"):
         yield "s3", f"run.dir={storage.path(config.run.dir, 'run.dir')}"
     for _, alone in each_teacher(config):
         engine = alone.teacher.engine
-        if _kind(engine) == "vllm":
+        if kind_of(engine) == "vllm":
             yield "vllm", "teacher.engine=vllm"
         is_spread = isinstance(engine, dict) and engine.get("device_map") is not None
-        if _kind(engine) == "hf" and (is_spread or alone.teacher.pool.num_gpus > 1):
+        if kind_of(engine) == "hf" and (is_spread or alone.teacher.pool.num_gpus > 1):
             yield "multi-gpu", "a teacher on several devices"
-
-
-def _kind(value: Any) -> str | None:
-    try:
-        return plugins.kind_of(value)
-    except ConfigError:  # 'sources' or 'engine' says so
-        return None
 
 
 def _requirements(extras: set[str]) -> Iterator[tuple[Requirement, str | None]]:

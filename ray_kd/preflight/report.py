@@ -1,6 +1,6 @@
 """What a check says, what all say together, and what they know of the run so far."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -96,3 +96,9 @@ class Subject:
     """Of the training source."""
     manifest: "Manifest | None" = None
     """Of the prepared data, where it is there already."""
+
+
+def kind_of(value: Any) -> str | None:
+    """The kind that a config value names; None for one that names none, which 'sources' or 'engine' refuses."""
+    kind = value.get("kind") if isinstance(value, Mapping) else value
+    return kind if isinstance(kind, str) else None

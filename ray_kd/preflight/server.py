@@ -8,7 +8,7 @@ from ray_kd import cluster, plugins, schema
 from ray_kd.config import each_teacher
 from ray_kd.errors import DataError
 from ray_kd.preflight.alignment import as_columns, one_row
-from ray_kd.preflight.report import FAILED, OK, SKIPPED, Finding, Subject
+from ray_kd.preflight.report import FAILED, OK, SKIPPED, Finding, Subject, kind_of
 from ray_kd.teacher.engine import Request, RowError
 
 _DEADLINE_S = 60.0
@@ -16,9 +16,7 @@ _DEADLINE_S = 60.0
 
 def check_server(subject: Subject) -> Iterator[Finding]:
     """Asks each server the first record, once; its own refusals are raised as the run would raise them."""
-    servers = [
-        alone.teacher for _, alone in each_teacher(subject.config) if plugins.kind_of(alone.teacher.engine) == "http"
-    ]
+    servers = [alone.teacher for _, alone in each_teacher(subject.config) if kind_of(alone.teacher.engine) == "http"]
     if not servers:
         yield Finding("server", OK, "no teacher is on a server")
         return

@@ -8,67 +8,15 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from ray_kd import cli, config, preflight, run_folder
+from ray_kd import cli, preflight
 from ray_kd.cluster import Look
 from ray_kd.config import RunConfig
 from ray_kd.data.packing import Rows
-from ray_kd.errors import ConfigError, RetryableError
+from ray_kd.errors import ConfigError
 from ray_kd.layout import Node
-from ray_kd.locks import driver_lock
-from ray_kd.preflight import FAILED, OK, SKIPPED, WARNING, alignment, examine, space
+from ray_kd.preflight import FAILED, OK, SKIPPED, WARNING, alignment
 from tests.fault_server import FaultServer, serving
-from tests.tiny import tiny_llama
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("preflight")
-    tiny_llama(folder / "teacher", layers=4, seed=1)
-    tiny_llama(folder / "student", layers=2, seed=2)
-    lines = [json.dumps(record(f"Say {i}.", f"It is {i}, and {i} again.")) for i in range(30)]
-    (folder / "train.jsonl").write_text("\n".join(lines) + "\n")
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def alone(monkeypatch):
-    for name in ("RAY_ADDRESS", "RAY_AUTH_MODE"):
-        monkeypatch.delenv(name, raising=False)
-
-
-@pytest.fixture
-def settings(home, tmp_path):
-    return [f"run.dir={tmp_path}/runs/new", f"data.source={{kind: jsonl, paths: [{home}/train.jsonl]}}",
-            "data.sequence_length=64", "data.eval_fraction=0.1", f"teacher.model={home}/teacher", "teacher.top_k=16",
-            f"student.model={home}/student"]  # fmt: skip
-
-
-@pytest.fixture
-def look(settings):
-    """The findings for the config with overrides, by check."""
-
-    def looked(*overrides, **options):
-        report = examine(lambda: config.load(None, [*settings, *overrides]), **options)
-        assert all("\n" not in finding.seen for finding in report.findings)
-        return report
-
-    return looked
-
-
-def record(question, answer):
-    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
-
-
-def of(report, check):
-    return [finding for finding in report.findings if finding.check == check]
-
-
-def states(report, *checks):
-    return {check: [finding.state for finding in of(report, check)] for check in checks}
-
-
-def files_below(folder):
-    return sorted((str(path), path.read_bytes() if path.is_file() else None) for path in folder.rglob("*"))
+from tests.preflight_case import files_below, of, record, states
 
 
 @dataclass
@@ -156,6 +104,58 @@ def test_records_that_cannot_be_used_are_65_and_named(look, home):
     assert warned.state == WARNING
 
 
+def write(path, num_bad, num_good):
+    lines = ['{"text": 1}'] * num_bad + [json.dumps(record(f"Say {i}.", f"It is {i}.")) for i in range(num_good)]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_the_limit_of_bad_records_is_that_of_all_records(look, tmp_path):
+    long = write(tmp_path / "long.jsonl", 20, 600)
+    report = look(f"data.source.paths=[{long}]")
+    warned, usable = of(report, "records")
+    assert (warned.state, usable.state, report.exit_code) == (WARNING, OK, 0)
+    assert "20 of the first 200 records of data.source (10.0%) cannot be used" in warned.seen
+    assert "more than data.max_bad_fraction=0.05 allows, if the rest is alike" in warned.seen
+
+    few, many = write(tmp_path / "few.jsonl", 1, 3), write(tmp_path / "many.jsonl", 0, 36)
+    both = [f"data.source.paths=[{few}]", f"data.eval_source={{kind: jsonl, paths: [{many}]}}", "data.eval_fraction=0"]
+    report = look(*both)
+    assert (of(report, "records")[0].state, report.exit_code) == (WARNING, 0)
+    assert "1 of all 40 records of data.source and data.eval_source (2.5%)" in of(report, "records")[0].seen
+    write(many, 3, 36)
+    assert look(*both).exit_code == 65
+    write(many, 0, 0)
+    (failed, *_) = of(look(*both, "data.max_bad_fraction=1"), "records")
+    assert (failed.state, failed.exit_code) == (FAILED, 65)
+    assert failed.seen.startswith("data.eval_source has no ")
+
+
+@pytest.mark.parametrize(("fraction", "outcome"), [("0.01", "none for evaluation"), ("0.999", "none to train on")])
+def test_a_split_that_leaves_a_side_empty_is_refused(look, tmp_path, fraction, outcome):
+    five = write(tmp_path / "five.jsonl", 0, 5)
+    report = look(f"data.source.paths=[{five}]", f"data.eval_fraction={fraction}")
+    (failed,) = of(report, "records")
+    assert (failed.state, report.exit_code) == (FAILED, 64)
+    assert failed.seen == f"data.eval_fraction={fraction} of 5 documents leaves {outcome}"
+
+
+@pytest.mark.parametrize(("override", "check"), [("data.source=5", "sources"), ("teacher.engine=5", "settings")])
+def test_a_value_that_is_no_kind_is_refused_by_one_check(look, override, check):
+    report = look(override)
+    assert report.exit_code == 64
+    assert f"{override.split('=')[0]} is 5: allowed is a kind or {{kind: ..., options}}" in of(report, check)[0].seen
+    assert of(report, "packages")[0].state == OK
+
+
+def test_the_object_store_of_a_local_ray_has_its_limits(look, monkeypatch):
+    monkeypatch.setattr("ray._private.utils.estimate_available_memory", lambda: 500 * 10**9)
+    monkeypatch.setattr("ray._private.utils.get_shared_memory_bytes", lambda: 64 * 2**20)  # as a container has it
+    assert "in an object store of 10.0 GB" in of(look(), "layout")[-1].seen
+    monkeypatch.setattr("ray._private.utils.get_shared_memory_bytes", lambda: 100 * 10**9)
+    assert "in an object store of 95.0 GB" in of(look(), "layout")[-1].seen
+
+
 def test_warnings_of_the_run_itself_are_in_the_table(look):
     report = look("teacher.cache.path=/somewhere", "data.eval_fraction=0", "data.sequence_length=5000")
     assert states(report, "settings", "sources", "models") == {
@@ -206,45 +206,6 @@ def test_a_teacher_that_is_off_by_one_is_seen(look, monkeypatch):
     monkeypatch.setattr(Engine, "logprobs", shifted)
     (failed,) = of(look(), "alignment")
     assert (failed.state, failed.exit_code) == (FAILED, 70)
-
-
-def test_a_run_folder_says_whose_it_is_and_is_not_touched(look, settings, tmp_path):
-    loaded = config.load(None, settings)
-    folder = run_folder.run_dir(loaded)
-    run_folder.create(folder)
-    from ray_kd import pipeline
-
-    run_folder.record(folder, loaded, pipeline.content_of(loaded, pipeline.plan_of(loaded)))
-    before = files_below(tmp_path)
-    (found,) = of(look(), "run.dir")
-    assert (found.state, found.seen) == (OK, f"the run in '{folder}' is this one: a start goes on with step 1")
-    (found,) = of(look("train.learning_rate=1"), "run.dir")
-    assert found.state == FAILED
-    assert "holds another run: its train.learning_rate is" in found.seen
-    (found,) = of(look("data.sequence_length=32"), "run.dir")
-    assert "its data.sequence_length is 64" in found.seen
-    with driver_lock(folder):
-        assert of(look(), "run.dir")[0].state == FAILED
-    (folder / ".driver.lock").unlink()
-    (folder / ".writers.lock").unlink(missing_ok=True)
-    assert files_below(tmp_path) == before
-
-
-def test_too_little_space_is_75_with_the_sum(look, monkeypatch, tmp_path):
-    usage = type("Usage", (), {"total": 10**6, "used": 10**6 - 1000, "free": 1000})
-    monkeypatch.setattr(space.shutil, "disk_usage", lambda folder: usage)
-    warned, failed = of(look(), "disk")
-    assert (warned.state, failed.state, failed.exit_code) == (WARNING, FAILED, RetryableError.exit_code)
-    assert "4 checkpoints" in failed.seen  # two, the best, and the one that is being written
-    monkeypatch.setattr(space.shutil, "disk_usage", lambda folder: usage)
-    assert "3 checkpoints" in of(look("train.keep_best=false"), "disk")[1].seen
-
-
-def test_a_folder_that_cannot_be_written_is_named(look, home):
-    (home / "file").write_text("")
-    (failed,) = of(look(f"data.prepared_dir={home}/file/prepared"), "permissions")
-    assert failed.state == FAILED
-    assert failed.seen.startswith(f"data.prepared_dir '{home}/file' cannot be written")
 
 
 def test_the_layout_is_held_against_the_nodes_of_the_cluster(look, tmp_path):
@@ -329,50 +290,6 @@ def test_packages_are_held_against_what_is_required(look, monkeypatch):
     assert failed.seen == "vllm is not installed here for teacher.engine=vllm: pip install '.[vllm]'"
     (warned,) = of(look("teacher.engine=vllm", *JOINS, offline=True), "packages")
     assert (warned.state, warned.seen.startswith("vllm is not installed here")) == (WARNING, True)
-
-
-def test_a_run_in_a_store_is_tried_there(look, object_store, monkeypatch, tmp_path):
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    uri = f"{object_store.uri}/preflight/mine"
-    report = look(f"run.dir={uri}")
-    assert report.exit_code == 0, str(report)
-    assert of(report, "run.dir")[0].state == OK
-    from ray_kd import storage
-
-    assert storage.children(storage.path(uri)) == []
-    (failed,) = of(look("run.dir=s3://no-such-bucket/mine"), "run.dir")
-    assert failed.state == FAILED
-    assert of(look(f"run.dir={uri}", offline=True), "run.dir")[0].state == SKIPPED
-
-
-@pytest.mark.parametrize(
-    "overrides",
-    [(), ("student.model=null", "student.init.layers=2", "teacher.dtype=bfloat16", "loss.tail=renormalize",
-          "loss.terms=[{kind: kd}, {kind: ce, weight: 0.5}]")],
-)  # fmt: skip
-def test_a_row_goes_through_both_models(look, tmp_path, overrides):
-    teacher, student = of(look(*overrides, loads=True), "forward")
-    assert (teacher.state, student.state) == (OK, OK)
-    assert "it names the likeliest token of a plain forward" in teacher.seen
-    assert "tokens/s" in student.seen
-    assert files_below(tmp_path) == []
-
-
-def test_what_loaded_models_get_wrong_is_seen(look, monkeypatch):
-    from ray_kd.teacher.engines.hf import Engine
-    from ray_kd.trainer import step
-
-    true_annotate, true_forward = Engine.annotate, step.DistillModule.forward
-
-    def annotate(self, rows, request):
-        return true_annotate(self, {**rows, "input_ids": np.roll(rows["input_ids"], 1)}, request)
-
-    monkeypatch.setattr(Engine, "annotate", annotate)
-    monkeypatch.setattr(step.DistillModule, "forward", lambda *given: true_forward(*given) * float("nan"))
-    teacher, student = of(look(loads=True), "forward")
-    assert (teacher.state, teacher.exit_code) == (FAILED, 70)
-    assert (student.state, student.exit_code) == (FAILED, 64)
-    assert "loss nan" in student.seen
 
 
 def test_every_check_says_something(look):
