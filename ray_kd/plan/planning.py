@@ -3,7 +3,7 @@
 `plan` reads top to bottom in the order of the table that `tables.py` makes of it.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ray_kd import cluster, models, objectives, plugins, run_folder
@@ -21,6 +21,7 @@ from ray_kd.plan.activations import activations_of
 from ray_kd.plan.devices import Device, device_of
 from ray_kd.plan.measure import Measured, measure
 from ray_kd.plan.memory import ITEMSIZE, TeacherMemory, WorkerMemory
+from ray_kd.plan.placement import Gpu, are_apart, place
 from ray_kd.plan.rates import MFU, Balance, Pool, seconds_of
 from ray_kd.plan.scale import Simulated, Workers, simulate
 from ray_kd.plan.sizes import Flops, Size, flops_of, size_of, student_config, with_projectors
@@ -92,8 +93,10 @@ class Plan:
     workers: int
     configured_stage: int
     stages: list[WorkerMemory]
-    is_one_gpu: bool
-    """A teacher and a worker share a GPU."""
+    gpus: list[Gpu]
+    """What is on each, of workers, of actors and of servers."""
+    fewest_workers: int
+    """Of an elastic run, where ZeRO's shards are largest: what `stages` are for."""
     flops: Flops
     """Of the first teacher and the student."""
     work: Work
@@ -119,23 +122,43 @@ class Plan:
         """Whether a worker at this stage fits its GPU, beside a teacher where they share it. None: no GPU is known."""
         if self.student_device.nbytes is None:
             return None
-        beside = sum(t.memory.most for t in self.teachers if t.memory) if self.is_one_gpu else 0.0
+        beside = max((self.nbytes_on(gpu) for gpu in self.gpus if gpu.has_worker), default=0.0)
         return worker.most + beside + memory.FREE_NBYTES <= self.student_device.nbytes
+
+    def teacher_fits(self, number: int) -> bool | None:
+        """Whether actors of the numbered teacher fit a GPU beside each other. None: no GPU is known."""
+        teacher = self.teachers[number]
+        if teacher.device.nbytes is None or teacher.memory is None:
+            return None
+        most = max((self.nbytes_on(gpu) for gpu in self.gpus if number in gpu.teachers), default=teacher.memory.most)
+        return most + memory.FREE_NBYTES <= teacher.device.nbytes
+
+    def nbytes_on(self, gpu: Gpu) -> float:
+        """Of the actors on a GPU."""
+        found = [self.teachers[number].memory for number in gpu.teachers]
+        return sum(one.most for one in found if one is not None)
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether a teacher is on a worker's GPU."""
+        return any(gpu.has_worker and gpu.teachers for gpu in self.gpus)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, what the properties say among them."""
         plain = asdict(self)
         for worker, stage in zip(self.stages, plain["stages"], strict=True):
             stage |= {"training": worker.training, "most": worker.most, "fits": self.fits(worker)}
-        for teacher, one in zip(self.teachers, plain["teachers"], strict=True):
+        for number, (teacher, one) in enumerate(zip(self.teachers, plain["teachers"], strict=True)):
+            one["fits"] = self.teacher_fits(number)
             if teacher.memory is not None:
                 one["memory"]["most"] = teacher.memory.most
+        plain["num_gpus"], plain["is_shared"] = len(plain.pop("gpus")), self.is_shared
         plain["flops"] |= {"teacher": self.flops.teacher, "student": self.flops.student}
         if self.balance is not None:
             waits, share = self.balance.waiting
             plain["balance"] |= {
                 "tokens_per_second": self.balance.tokens_per_second, "waits": waits, "waiting": share,
-                "actors_per_worker": self.balance.actors_per_worker,
+                "actors_per_worker": self.balance.actors_per_worker, "is_shared": self.balance.is_shared,
             }  # fmt: skip
             for name in ("teacher", "student"):
                 plain["balance"][name]["tokens_per_second"] = getattr(self.balance, name).tokens_per_second
@@ -145,6 +168,7 @@ class Plan:
 def plan(config: RunConfig, asked: Asked) -> Plan:
     """What the run takes. Raises ConfigError, one line, for what is wrong in config, models or what is asked."""
     check_settings(config)
+    gpus, asked = _placed(config, asked)
     configs = [_config_of(alone, "teacher") for _, alone in each_teacher(config)]
     own = _config_of(config, "student") if config.student.model is not None else None
     objectives.check_models(config, configs[0], own)
@@ -167,15 +191,15 @@ def plan(config: RunConfig, asked: Asked) -> Plan:
     assert flops is not None
     if len(teachers) > 1:
         assumptions.append("each of the teachers is taken to answer every row")
-    device = _device(asked.student_device, "--student-device", config.train.gpus_per_worker > 0, asked)
-    workers, attention = worker_range(config.train)[1], _looks_at_attention(config, configs[0], own)
+    device = _device(asked.student_device, "--student-device", config.train.gpus_per_worker > 0)
+    (fewest, workers), attention = worker_range(config.train), _looks_at_attention(config, configs[0], own)
     activations = activations_of(
         student_of, config.student, config.train.micro_batch_size, config.data.sequence_length, attention
     )
     loss = memory.loss_nbytes(config, teachers[0].size, student, ITEMSIZE[teachers[0].dtype], is_dense=is_dense)
     before = ITEMSIZE[teachers[0].dtype] * teachers[0].size.parameters if _has_exact_kl(config) else 0
     stages = [
-        memory.worker_memory(config, stage, workers, student, activations, loss_nbytes=loss, evaluation_nbytes=before)
+        memory.worker_memory(config, stage, fewest, student, activations, loss_nbytes=loss, evaluation_nbytes=before)
         for stage in memory.STAGES
     ]
     nbytes = objectives.nbytes_per_token(config, configs[0], own)
@@ -184,21 +208,19 @@ def plan(config: RunConfig, asked: Asked) -> Plan:
     block_rows, run_ahead = stream_sizes(config, work.most_targets, nbytes)
     row_nbytes = 12 * length + entries * nbytes + FRAME_NBYTES
     balance, measured = _balance(
-        config, asked, teachers, device, flops, work, configs[0], student_of, student, assumptions
+        config, asked, teachers, device, gpus, flops, work, configs[0], student_of, student, assumptions
     )
     tokens = None if work.steps is None else work.steps * config.train.global_batch_size * length
     hours = None if balance is None or tokens is None else tokens / balance.tokens_per_second / 3600
-    is_one_gpu = _is_one_gpu(config) and asked.teacher_device is None
-    devices = 1.0 if is_one_gpu else sum(t.processes * t.gpus_each for t in teachers) + workers
     checkpoint = memory.checkpoint_nbytes(student)
     return Plan(
         teachers=teachers, student=student, student_dtype=config.student.dtype, student_device=device,
-        workers=workers, configured_stage=config.train.zero_stage, stages=stages, is_one_gpu=is_one_gpu, flops=flops,
-        work=work, nbytes_per_target=nbytes, row_nbytes=row_nbytes,
+        workers=workers, configured_stage=config.train.zero_stage, stages=stages, gpus=gpus, fewest_workers=fewest,
+        flops=flops, work=work, nbytes_per_target=nbytes, row_nbytes=row_nbytes,
         wire_nbytes_per_token=row_nbytes / length, node_gbit=asked.node_gbit, run_ahead_nbytes=run_ahead,
         checkpoint_nbytes=checkpoint, checkpoint_copy_nbytes=checkpoint if config.train.async_checkpoints else 0,
         cache_nbytes=None if work.rows is None else round(work.rows * (entries * nbytes + FRAME_NBYTES + 8)),
-        balance=balance, hours=hours, gpu_hours=None if hours is None or device is _CPU else hours * devices,
+        balance=balance, hours=hours, gpu_hours=None if hours is None or device is _CPU else hours * len(gpus),
         simulated=_simulated(
             config, asked, balance, teachers, device, student, row_nbytes, block_rows, tokens, measured
         ),
@@ -283,10 +305,10 @@ def _prepared(config: RunConfig, assumptions: list[str]) -> Manifest | None:
     return None
 
 
-def _device(name: str | None, option: str, on_gpu: bool, asked: Asked) -> Device:
+def _device(name: str | None, option: str, on_gpu: bool) -> Device:
     if name is not None:
         return device_of(name, option)
-    return device_of(_ASSUMED_GPU, option) if on_gpu and asked.flops is None else _CPU
+    return device_of(_ASSUMED_GPU, option) if on_gpu else _CPU
 
 
 def _teacher(
@@ -298,7 +320,7 @@ def _teacher(
     dtype = dtype if dtype in ITEMSIZE else "float32"
     pool = options.pool
     processes, gpus_each = (pool.max_actors, pool.num_gpus or 1.0) if is_local else (1, float(asked.server_gpus))
-    device = _device(asked.teacher_device, "--teacher-device", pool.num_gpus > 0 or not is_local, asked)
+    device = _device(asked.teacher_device, "--teacher-device", pool.num_gpus > 0 or not is_local)
     found = None
     if is_local:
         selects = options.payload != HIDDEN_STATES
@@ -306,33 +328,52 @@ def _teacher(
     return Teacher(name, size, dtype, found, device, processes, gpus_each, flops)
 
 
-def _is_one_gpu(config: RunConfig) -> bool:
-    """Whether the one worker and the one teacher are parts of the same GPU."""
-    teacher, train = config.teacher.pool, config.train
-    is_pair = cluster.max_teachers(config) == worker_range(train)[1] == 1
-    parts = teacher.num_gpus, train.gpus_per_worker
-    return is_pair and min(parts) > 0 and sum(parts) <= 1
+def _placed(config: RunConfig, asked: Asked) -> tuple[list[Gpu], Asked]:
+    """What is on each GPU; where teachers and workers share some, a name of either stands for both.
+
+    What is configured for CPUs has a whole GPU where one is named.
+    """
+    actors = []
+    for _, alone in each_teacher(config):
+        pool, named = alone.teacher.pool, float(asked.teacher_device is not None)
+        actors.append((pool.max_actors, pool.num_gpus or named) if _is_local(alone) else (1, float(asked.server_gpus)))
+    part = config.train.gpus_per_worker or float(asked.student_device is not None)
+    gpus = place(worker_range(config.train)[1], part, actors, apart=are_apart(config))
+    if not any(gpu.has_worker and gpu.teachers for gpu in gpus):
+        return gpus, asked
+    first, second = asked.teacher_device, asked.student_device
+    if first and second and device_of(first, "--teacher-device") != device_of(second, "--student-device"):
+        raise ConfigError(
+            f"--teacher-device is '{first}' and --student-device is '{second}': allowed is one GPU for both, which "
+            f"share it (teacher.pool.num_gpus={config.teacher.pool.num_gpus:g}, train.gpus_per_worker={part:g})"
+        )
+    return gpus, replace(asked, teacher_device=first or second, student_device=second or first)
 
 
 def _balance(
-    config: RunConfig, asked: Asked, teachers: list[Teacher], device: Device, flops: Flops, work: Work,
-    teacher_of: "PreTrainedConfig", student_of: "PreTrainedConfig", student: Size, assumptions: list[str],
+    config: RunConfig, asked: Asked, teachers: list[Teacher], device: Device, gpus: list[Gpu], flops: Flops,
+    work: Work, teacher_of: "PreTrainedConfig", student_of: "PreTrainedConfig", student: Size, assumptions: list[str],
 ) -> tuple[Balance | None, Measured | None]:  # fmt: skip
     """The rates of the two pools; None where nothing says how fast the devices are."""
     workers = worker_range(config.train)[1]
     on_cpu = not config.train.gpus_per_worker and not config.teacher.pool.num_gpus and cluster.address(config) is None
-    is_shared = (on_cpu or _is_one_gpu(config)) and asked.teacher_device == asked.student_device
+    taught = [gpu for gpu in gpus if gpu.teachers]
+    is_shared = any(gpu.has_worker for gpu in taught)
+    shared = sum(gpu.has_worker for gpu in taught) / len(taught) if taught else float(on_cpu and device is _CPU)
+    # Where they take turns each has whole devices while it is on.
+    turns = (len(taught) or 1, workers if is_shared else 1)
     if asked.is_measured:
         measured = _measured(config, asked, teachers, teacher_of, student_of, student, work)
         a_step = config.train.global_batch_size * config.data.sequence_length / workers
         share = 1 if config.train.zero_stage == 0 else workers
         assumptions.append("rates are of random models of these widths on this machine, extrapolated over their layers")
         seconds = measured.teacher, measured.student + measured.step / share / a_step
-        processes = (1, 1) if is_shared else (teachers[0].processes, workers)
+        processes = turns if shared else (teachers[0].processes, workers)
         pools = [Pool(n, 1.0, s) for n, s in zip(processes, seconds, strict=True)]
-        if is_shared:
-            assumptions.append("teacher and student take turns on this machine's cores")
-        return Balance(pools[0], pools[1], is_shared), measured
+        if shared:
+            where = "the GPUs that they share" if is_shared else "this machine's cores"
+            assumptions.append(f"teacher and student take turns on {where}")
+        return Balance(pools[0], pools[1], shared), measured
     rates = [_sustained(one, asked) for one in (*(t.device for t in teachers), device)]
     if not all(rates):
         assumptions.append("no rates: --measure times this machine, --teacher-device and --student-device name GPUs")
@@ -344,15 +385,19 @@ def _balance(
             f"devices sustain {asked.mfu or MFU:.0%} of their dense bf16 peak (--mfu): "
             + ", ".join(f"{d.name} {d.peak_flops / 1e12:g} TFLOP/s" for d in {t.device for t in teachers} | {device})
         )
-    if is_shared:
-        assumptions.append("teacher and student take turns on one device")
+    if shared:
+        where = "the GPUs that they share" if is_shared else "one device"
+        assumptions.append(f"teacher and student take turns on {where}")
     pools = []
     for teacher, rate in zip(teachers, rates[:-1], strict=True):
-        each = 1.0 if is_shared else teacher.gpus_each
-        pools.append(Pool(teacher.processes, each, seconds_of(teacher.flops, rate, each)))
+        pools.append(Pool(teacher.processes, teacher.gpus_each, seconds_of(teacher.flops, rate, teacher.gpus_each)))
     slowest = min(pools, key=lambda pool: pool.tokens_per_second)
-    each = 1.0 if is_shared else config.train.gpus_per_worker or 1.0
-    return Balance(slowest, Pool(workers, each, seconds_of(flops.student, rates[-1], each)), is_shared), None
+    processes, each = workers, config.train.gpus_per_worker or 1.0
+    if shared:
+        # Several teachers take turns with each other too.
+        once = sum(seconds_of(t.flops, rate, 1.0) for t, rate in zip(teachers, rates[:-1], strict=True))
+        slowest, processes, each = Pool(turns[0], 1.0, once), turns[1], 1.0
+    return Balance(slowest, Pool(processes, each, seconds_of(flops.student, rates[-1], each)), shared), None
 
 
 def _measured(

@@ -7,6 +7,8 @@ model FLOPs utilisation (Chowdhery et al. 2022, https://arxiv.org/abs/2204.02311
     rate of a pool        devices x FLOP/s of one / FLOPs of a token
     of the run            the smaller of the two; the other pool waits for 1 - smaller / larger of its time
     on one device         1 / (1 / teacher + 1 / student): the two take turns
+    on some of them       with the share f of the teachers' devices, the smaller of student and
+                          1 / (1 / teacher + f / student)
     actors per worker     rate of a worker / rate of an actor
 """
 
@@ -41,22 +43,28 @@ class Balance:
 
     teacher: Pool
     student: Pool
-    is_shared: bool
-    """They are on the same device, and take turns."""
+    shared: float
+    """Of the teachers' devices, the share that are workers' too, which take turns there; 0 where none is."""
+
+    @property
+    def is_shared(self) -> bool:
+        return self.shared > 0
+
+    @property
+    def _taught(self) -> float:
+        """Tokens/s of the teachers beside what the workers take of their devices."""
+        return 1 / (1 / self.teacher.tokens_per_second + self.shared / self.student.tokens_per_second)
 
     @property
     def tokens_per_second(self) -> float:
         """Positions that the run trains."""
-        rates = self.teacher.tokens_per_second, self.student.tokens_per_second
-        return 1 / sum(1 / rate for rate in rates) if self.is_shared else min(rates)
+        return min(self._taught, self.student.tokens_per_second)
 
     @property
     def waiting(self) -> tuple[str, float]:
         """(the pool that waits, the share of its time that it does)."""
-        teacher, student = self.teacher.tokens_per_second, self.student.tokens_per_second
-        if self.is_shared:
-            return "student", student / (teacher + student)
-        return ("student", 1 - teacher / student) if teacher < student else ("teacher", 1 - student / teacher)
+        taught, student = self._taught, self.student.tokens_per_second
+        return ("student", 1 - taught / student) if taught < student else ("teacher", 1 - student / taught)
 
     @property
     def actors_per_worker(self) -> float:

@@ -114,4 +114,4 @@ def simulate(
 
 def _balance(workers: Workers, teacher_gpu_seconds: float, teachers: int, students: int, link: float) -> Balance:
     seconds = sum(step_seconds(workers, students, link)) / workers.tokens_a_step
-    return Balance(Pool(teachers, 1, teacher_gpu_seconds), Pool(students, 1, seconds), is_shared=False)
+    return Balance(Pool(teachers, 1, teacher_gpu_seconds), Pool(students, 1, seconds), shared=0)

@@ -30,7 +30,10 @@ def _parameters(plan: Plan) -> str:
 def _worker(plan: Plan) -> str:
     device = plan.student_device
     of_all = f"{device.nbytes / _GB:g} GB" if device.nbytes is not None else "the host's memory"
-    header = f"GB of a train worker ({device.name}: {of_all}; {plan.workers} of them)"
+    of_them = f"{plan.workers} of them"
+    if plan.fewest_workers < plan.workers:
+        of_them = f"{plan.fewest_workers} of them, the fewest of {plan.fewest_workers} to {plan.workers}"
+    header = f"GB of a train worker ({device.name}: {of_all}; {of_them})"
     rows = [[header, *(f"ZeRO {w.stage}{'*' * (w.stage == plan.configured_stage)}" for w in plan.stages)]]
     parts = {
         "weights": lambda w: w.weights, "fp32 master and moments": lambda w: w.master + w.moments,
@@ -46,7 +49,7 @@ def _worker(plan: Plan) -> str:
     fits = [plan.fits(w) for w in plan.stages]
     if device.nbytes is not None:
         rows.append(["fits", *("yes" if one else "NO" for one in fits)])
-    beside = "; the teacher is on the same GPU" if plan.is_one_gpu else ""
+    beside = "; a teacher is on the same GPU" if plan.is_shared else ""
     notes = ["* train.zero_stage"]
     if device.nbytes is None:
         notes.append(f"tensors alone: Python, torch and DeepSpeed take about {PROCESS_NBYTES / _GB:g} GB a process")
@@ -57,14 +60,13 @@ def _worker(plan: Plan) -> str:
 
 def _teachers(plan: Plan) -> str:
     rows = [["GB of a teacher on each of its GPUs", "weights", "activations", "top-k", "most", "fits"]]
-    for teacher in plan.teachers:
+    for number, teacher in enumerate(plan.teachers):
         found: TeacherMemory | None = teacher.memory
         if found is None:
             rows.append([f"{teacher.name} (on a server)", "-", "-", "-", "-", "-"])
             continue
-        limit = teacher.device.nbytes
-        is_fitting = limit is not None and found.most + FREE_NBYTES <= limit
-        fits = "-" if limit is None else "yes" if is_fitting else "NO"
+        is_fitting = plan.teacher_fits(number)
+        fits = "-" if is_fitting is None else "yes" if is_fitting else "NO"
         where = f"{teacher.name} ({teacher.device.name}, {teacher.processes} x {teacher.gpus_each:g})"
         rows.append([where, *map(_gb, (found.weights, found.activations, found.selection, found.most)), fits])
     return _table(rows)

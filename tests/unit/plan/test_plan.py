@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,8 @@ from ray_kd.config import Lora, Student
 from ray_kd.payloads import HiddenStates, topk_logprobs
 from ray_kd.plan import Asked, describe, plan
 from ray_kd.plan.activations import activations_of
-from ray_kd.plan.memory import checkpoint_nbytes, worker_memory
+from ray_kd.plan.memory import FREE_NBYTES, checkpoint_nbytes, worker_memory
+from ray_kd.plan.placement import place
 from ray_kd.plan.rates import Balance, Pool
 from ray_kd.plan.scale import Workers, communicated, simulate
 from ray_kd.plan.sizes import flops_of, size_of
@@ -151,12 +153,90 @@ def test_bytes_are_those_of_encoded_payloads(folders):
 
 
 def test_the_balance_of_two_pools():
-    balance = Balance(Pool(2, 1, 0.01), Pool(1, 1, 0.002), is_shared=False)  # 200 and 500 tokens/s
+    balance = Balance(Pool(2, 1, 0.01), Pool(1, 1, 0.002), shared=0)  # 200 and 500 tokens/s
     assert balance.tokens_per_second == pytest.approx(200)
     assert balance.waiting == ("student", pytest.approx(0.6))
     assert balance.actors_per_worker == pytest.approx(5)
-    shared = Balance(Pool(1, 1, 0.01), Pool(1, 1, 0.01), is_shared=True)
+    shared = Balance(Pool(1, 1, 0.01), Pool(1, 1, 0.01), shared=1)
     assert shared.tokens_per_second == pytest.approx(50)
+    assert shared.waiting == ("student", pytest.approx(0.5))
+    half = Balance(Pool(2, 1, 0.01), Pool(1, 1, 0.01), shared=0.5)  # 200 tokens/s less half of the student's time
+    assert half.tokens_per_second == pytest.approx(100)
+
+
+def test_parts_are_packed_on_gpus():
+    assert [gpu.teachers for gpu in place(0, 0.0, [(3, 0.5)])] == [[0, 0], [0]]
+    assert [(gpu.has_worker, gpu.teachers) for gpu in place(2, 0.6, [(3, 0.4)])] == [
+        (True, [0]), (True, [0]), (False, [0])
+    ]  # fmt: skip
+    assert len(place(3, 0.6, [(1, 2.0), (4, 0.0)])) == 5
+    assert [gpu.has_worker for gpu in place(1, 0.6, [(1, 0.4)], apart=True)] == [True, False]
+
+
+def on_gpus(folders, *overrides, teacher_device=None, student_device=None, **asked):
+    parts = ("train.gpus_per_worker=0.6", "teacher.pool.num_gpus=0.4")
+    run = loaded(*parts, *overrides, teacher=folders["teacher"], student=folders["student"])
+    return plan(run, Asked(teacher_device=teacher_device, student_device=student_device, rows=80, **asked))
+
+
+def test_one_name_stands_for_both_on_a_gpu_that_they_share(folders):
+    plans = [
+        on_gpus(folders, teacher_device=teacher, student_device=student)
+        for teacher, student in (("L4", None), (None, "L4"), ("L4", "l4"))
+    ]
+    for found in plans:
+        assert found.is_shared
+        assert found.balance.is_shared
+        assert found.teachers[0].device.name == found.student_device.name == "L4"
+        assert found.gpu_hours == found.hours == plans[0].hours
+        # The two together are more than the GPU, either alone is not.
+        worker = found.stages[2]
+        room = found.student_device.nbytes - FREE_NBYTES - found.teachers[0].memory.most
+        assert found.fits(replace(worker, weights=worker.weights + room - worker.most - 1))
+        assert not found.fits(replace(worker, weights=worker.weights + room - worker.most + 10**6))
+    with pytest.raises(config.ConfigError, match="--teacher-device is 'L4' and --student-device is 'H100': allowed is"):
+        on_gpus(folders, teacher_device="L4", student_device="H100")
+
+
+def test_several_workers_share_their_gpus_with_teachers(folders):
+    two = ("train.num_workers=2", "teacher.pool.max_actors=2")
+    found, one = on_gpus(folders, *two), on_gpus(folders)
+    assert found.is_shared
+    assert len(found.gpus) == 2
+    assert found.gpu_hours == pytest.approx(2 * found.hours) == pytest.approx(one.hours)
+
+
+def test_actors_on_the_same_gpu_fit_together(folders):
+    apart = ("train.gpus_per_worker=1", "teacher.pool.num_gpus=0.5", "teacher.pool.max_actors=8")
+    found = on_gpus(folders, *apart)
+    assert len(found.gpus) == 5
+    assert found.teacher_fits(0)
+    teacher = found.teachers[0]
+    large = replace(teacher, memory=replace(teacher.memory, weights=0.6 * teacher.device.nbytes))
+    assert large.memory.most < teacher.device.nbytes - FREE_NBYTES
+    assert not replace(found, teachers=[large]).teacher_fits(0)
+
+
+def test_memory_of_an_elastic_run_is_for_the_fewest_workers(folders):
+    found = on_gpus(
+        folders,
+        "train.num_workers=[1,4]",
+        "train.gpus_per_worker=1",
+        "train.global_batch_size=12",
+        "train.zero_stage=3",
+    )
+    alone = on_gpus(
+        folders, "train.num_workers=1", "train.gpus_per_worker=1", "train.global_batch_size=12", "train.zero_stage=3"
+    )
+    assert found.stages == alone.stages
+    assert "1 of them, the fewest of 1 to 4" in describe(found)
+
+
+def test_flops_on_a_gpu_config_keep_its_gpu(folders):
+    found = on_gpus(folders, flops=1e12)
+    assert found.student_device.name == "H100"
+    assert found.gpu_hours == found.hours
+    assert found.fits(found.stages[0])
 
 
 def test_the_simulation_splits_as_the_rates_are():
