@@ -64,7 +64,6 @@ from ray_kd.validate import check_settings, check_values, validate
 if TYPE_CHECKING:
     import ray.data
 
-    from ray_kd.data.manifest import Manifest
     from ray_kd.data.plan import Plan
     from ray_kd.models import HeadShape
 
@@ -112,9 +111,9 @@ def distill(config: RunConfig) -> dict[str, Any]:
             cluster.check_shared(run_dir, config.train.timeout_s)
             prepared = prepare(config, run_dir / QUARANTINE, plan)
             teachers = _teachers(config, prepared, vocab_size)  # which may refuse, so before it is recorded
-            order = _order(config, prepared.manifest)
+            order = order_of(config, prepared.manifest.num_rows)
             planned = summary.Planned.of(prepared.manifest, order)
-            _warn(config, order)  # which may refuse, too
+            warn_of_steps(config, order)  # which may refuse, too
             run_folder.record(run_dir, config, content)
             student_path = _student(config, run_dir, prepared)
             payload = _teacher_payload(config, run_dir, vocab_size, teachers)
@@ -234,9 +233,10 @@ def content_of(config: RunConfig, plan: "Plan") -> dict[str, str]:
     return content
 
 
-def _order(config: RunConfig, manifest: "Manifest") -> SlotOrder:
+def order_of(config: RunConfig, num_rows: int) -> SlotOrder:
+    """What the run trains of so many prepared rows, and when."""
     return SlotOrder(
-        num_rows=manifest.num_rows,
+        num_rows=num_rows,
         global_batch_size=config.train.global_batch_size,
         epochs=config.train.epochs,
         max_steps=config.train.max_steps,
@@ -244,7 +244,7 @@ def _order(config: RunConfig, manifest: "Manifest") -> SlotOrder:
     )
 
 
-def _warn(config: RunConfig, order: SlotOrder) -> None:
+def warn_of_steps(config: RunConfig, order: SlotOrder) -> None:
     """Say what has no effect, and what repeated epochs cost. Raises ConfigError when no term of the loss has any."""
     train_options = config.train
     known = objectives.idle_terms(config, train_options.max_steps)  # validation said so

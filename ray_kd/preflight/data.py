@@ -5,10 +5,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ray_kd import pipeline, plugins, run_folder, validate
+from ray_kd import pipeline, plugins, run_folder, storage, validate
 from ray_kd.data.sample import Sample, read_sample
 from ray_kd.errors import DataError
-from ray_kd.preflight.report import FAILED, OK, WARNING, Finding, Subject
+from ray_kd.preflight.report import FAILED, OK, SKIPPED, WARNING, Finding, Subject
 
 NUM_RECORDS = 200
 """Looked at from the beginning of each source."""
@@ -109,9 +109,16 @@ def check_prepared(subject: Subject) -> Iterator[Finding]:
     from ray_kd.data.manifest import Manifest, is_intact
 
     assert subject.plan is not None
-    folder = run_folder.prepared_dir(subject.config) / subject.plan.folder_name
+    config, train = subject.config, subject.config.train
+    folder = run_folder.prepared_dir(config) / subject.plan.folder_name
+    if subject.is_offline and storage.is_remote(folder):
+        yield Finding("prepared data", SKIPPED, f"'{folder}' is not looked at with --offline")
+        return
     if not is_intact(folder, subject.plan.fingerprint):
         yield Finding("prepared data", OK, f"not there yet: the run makes it in '{folder}'")
+        if train.max_steps is not None:  # as many rows as that takes, at most
+            pipeline.warn_of_steps(config, pipeline.order_of(config, train.max_steps * train.global_batch_size))
         return
     subject.manifest = manifest = Manifest.read(folder)
+    pipeline.warn_of_steps(config, pipeline.order_of(config, manifest.num_rows))
     yield Finding("prepared data", OK, f"there: {manifest.num_rows:,} rows to train on in '{folder}'")

@@ -76,7 +76,8 @@ class Chart:
 
     @property
     def x_ticks(self) -> list[tuple[float, str]]:
-        return [tick for tick in self.x.ticks(6) if "." not in tick[1]]  # no step is half
+        ticks = [(place, text.removesuffix(".0")) for place, text in self.x.ticks(6)]
+        return [tick for tick in ticks if "." not in tick[1]]  # no step is half
 
     @property
     def y_ticks(self) -> list[tuple[float, str]]:

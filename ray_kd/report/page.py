@@ -24,7 +24,7 @@ _MOST_SAMPLES, _LONGEST_SAMPLE = 20, 2000
 _ADVICE = {
     FINISHED: "",
     RUNNING: "These are the figures of its newest checkpoint, and the curves so far.",
-    STOPPED: "The same command goes on from the newest checkpoint.",
+    STOPPED: "The same command goes on from the newest checkpoint, or from the beginning where there is none.",
     UNKNOWN: "It was killed, or lost its machine, and wrote no summary: the same command goes on. "
     "These are the figures of its newest checkpoint.",
 }

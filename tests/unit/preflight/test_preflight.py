@@ -295,3 +295,17 @@ def test_packages_are_held_against_what_is_required(look, monkeypatch):
 def test_every_check_says_something(look):
     names = [check.name for check in preflight.CHECKS]
     assert [name for name in names if not of(look(), name)] == []
+
+
+def test_what_the_run_would_warn_of_is_warned_of_here(look):
+    """How many steps there are is known where data is prepared, or the config says at most how many."""
+    report = look("train.max_steps=6", "train.warmup_steps=10", "train.checkpoint_every=50")
+    said = " ".join(one.seen for one in report.findings if one.state == WARNING)
+    assert "train.warmup_steps=10 is longer than the run of 6 steps" in said
+    assert "train.checkpoint_every=50 has no effect" in said
+
+
+def test_offline_asks_no_store_for_prepared_data(look, object_store, monkeypatch):
+    monkeypatch.setattr("ray_kd.data.manifest.is_intact", lambda *_: pytest.fail("the store was asked"))
+    (skipped,) = of(look(f"run.dir={object_store.uri}/mine", offline=True), "prepared data")
+    assert (skipped.state, "--offline" in skipped.seen) == (SKIPPED, True)

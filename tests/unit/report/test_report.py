@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ray_kd import cli, pipeline, report, run_folder, storage
+from ray_kd import cli, pipeline, report, run_folder, storage, submission
 from ray_kd.errors import ConfigError, DataError, RetryableError
 from ray_kd.report import timeline
 from ray_kd.report.folder import read
@@ -147,7 +147,7 @@ def test_a_failed_run_says_its_code_and_cause(tmp_path):
 def test_a_run_that_failed_before_it_had_anything(tmp_path):
     folder = tmp_path / "mine"
     folder.mkdir()
-    pipeline._write_failure(folder, None, DataError("no usable\nrecords in x.jsonl"))
+    pipeline._write_failure(folder, None, submission.Job(), DataError("no usable\nrecords in x.jsonl"))
     page = Page((folder / "report.html").read_text())
     assert "failed with exit code 65 no usable records in x.jsonl" in page.text
     assert json.loads((folder / "summary.json").read_text())["cause"] == "no usable records in x.jsonl"
@@ -166,7 +166,7 @@ def test_a_report_that_cannot_be_written_is_a_warning(tmp_path, caplog):
     folder = tmp_path / "mine"
     folder.mkdir()
     (folder / "report.html").mkdir()
-    pipeline._write_failure(folder, None, RetryableError("interrupted"))
+    pipeline._write_failure(folder, None, submission.Job(), RetryableError("interrupted"))
     assert json.loads((folder / "summary.json").read_text())["exit_code"] == 75
     (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert warning.startswith("report.html could not be written (IsADirectoryError")
