@@ -275,7 +275,9 @@ def plan(argv: list[str]) -> int:
 
     parser = _config_parser(argv, "plan", plan.__doc__)
     parser.add_argument("--teacher-device", metavar="GPU", help="H100 (assumed), H200, A100, L40S, L4 or RTX4090")
-    parser.add_argument("--student-device", metavar="GPU", help="the same, of the train workers")
+    parser.add_argument(
+        "--student-device", metavar="GPU", help="the same, of the train workers; where both share a GPU, one name does"
+    )
     parser.add_argument("--mfu", type=positive, help="share of its peak that a GPU sustains, up to 1 (default: 0.4)")
     parser.add_argument("--flops", type=positive, help="FLOP/s that a device sustains, in place of both")
     parser.add_argument("--measure", action="store_true", help="time a few layers of both models here, random weights")

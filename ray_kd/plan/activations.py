@@ -77,12 +77,15 @@ def _saved(
         tokens = torch.zeros(rows, length, dtype=torch.long)
         decoder = models.decoder_of(model)
         with saved_tensors_hooks(keep, lambda tensor: tensor):
-            decoder(
+            output = decoder(
                 input_ids=tokens,
                 position_ids=tokens,
                 attention_mask=_mask(rows, length, is_eager, dtype),
                 use_cache=False,
+                **({"output_attentions": True} if is_eager else {}),
             )
+        for maps in output.attentions or () if is_eager else ():
+            keep(maps)  # held for the losses, where checkpointed layers keep none of their own
         return sum(storage.nbytes() for storage in saved.values())
 
 

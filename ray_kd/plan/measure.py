@@ -3,8 +3,9 @@
 Random weights, layers of the two models' widths, the real vocabulary, the micro-batches of the config. Models of one
 and of three layers are timed, and the time of L layers is t(1) + (L - 1) (t(3) - t(1)) / 2. The teacher's pass is that
 of the engine `hf` (decoder, top-k), the student's that of `DistillModule` (decoder, fused loss, backward), and AdamW's
-step is timed by its parameters. Packing, payloads, Ray and checkpoints are left out. All cores; the best of some
-rounds.
+step is timed by its parameters. Layers of `student.freeze` are timed as if they trained; of what the decoder's backward
+takes, the share of its FLOPs that is left with them frozen is counted. Packing, payloads, Ray and checkpoints are left
+out. All cores; the best of some rounds.
 """
 
 import copy
@@ -24,7 +25,7 @@ from ray_kd.losses import fused_linear_dense_kd_loss, fused_linear_kd_loss
 from ray_kd.losses.terms import CE, KD, Schedules, parse_terms
 from ray_kd.models.decoder import decoder_hidden, head_of
 from ray_kd.payloads import HIDDEN_STATES
-from ray_kd.plan.sizes import Size
+from ray_kd.plan.sizes import Size, size_of
 from ray_kd.teacher.topk import topk_logprobs
 
 _LAYERS = (1, 3)
@@ -56,9 +57,15 @@ def measure(
         of_teacher = [_teacher_pass(config, teacher, n, teacher_dtype, targets, device) for n in _LAYERS]
         of_student = [_student_pass(config, student, sizes[0], n, targets, device) for n in _LAYERS]
     rows = config.teacher.batch_size if config.teacher.batch_tokens is None else 1
-    teacher_s = _extrapolated([_best(run, rounds) for run in of_teacher], sizes[0].layers)
-    student_s = _extrapolated([_best(run, rounds) for run in of_student], sizes[1].layers)
     length = config.data.sequence_length
+    teacher_s = _extrapolated([_best(run, rounds) for run in of_teacher], sizes[0].layers)
+    both = [_best(run, rounds) for run, _ in of_student]
+    student_s = _extrapolated(both, sizes[1].layers)
+    if config.student.freeze:
+        whole = size_of(student, "student")
+        share = _backward(sizes[1], length) / _backward(whole, length)
+        forwards = [_best(run, rounds) for _, run in of_student]
+        student_s -= (1 - share) * sizes[1].layers * max(0.0, _per_layer(both) - _per_layer(forwards))
     return Measured(
         teacher_s / (rows * length),
         student_s / (config.train.micro_batch_size * length),
@@ -67,9 +74,17 @@ def measure(
 
 
 def _extrapolated(seconds: list[float], layers: int) -> float:
+    return seconds[0] + (layers - _LAYERS[0]) * _per_layer(seconds)
+
+
+def _per_layer(seconds: list[float]) -> float:
     first, third = seconds
-    per_layer = max(0.0, third - first) / (_LAYERS[1] - _LAYERS[0])
-    return first + (layers - _LAYERS[0]) * per_layer
+    return max(0.0, third - first) / (_LAYERS[1] - _LAYERS[0])
+
+
+def _backward(size: Size, length: int) -> float:
+    """FLOPs of a token in the backward of a decoder."""
+    return size.backward + 2 * size.layers_that_flow * size.attention(length)
 
 
 def _best(run: Callable[[], None], rounds: int) -> float:
@@ -122,9 +137,11 @@ def _teacher_pass(
 
 def _student_pass(
     config: RunConfig, student: PreTrainedConfig, teacher: Size, layers: int, targets: float, device: str
-) -> Callable[[], None]:
+) -> tuple[Callable[[], None], Callable[[], None]]:
+    """(a pass forward and back, the decoder's forward alone)."""
     base = _model(student, layers, config.student.dtype, device)
-    model = models.choose_trainable(base, config.student.lora, ()).train()
+    ends = [part for part in config.student.freeze if part in ("embeddings", "head")]
+    model = models.choose_trainable(base, config.student.lora, ends).train()
     if config.student.gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     ids, positions, places = _rows(
@@ -156,7 +173,10 @@ def _student_pass(
         loss(hidden, head.weight, lm_head_bias=head.bias, **options).loss.backward()
         model.zero_grad(set_to_none=False)  # as between micro-batches: the next one adds to what is there
 
-    return run
+    def forward() -> None:
+        decoder_hidden(model, ids, positions)
+
+    return run, forward
 
 
 def _adam_step(device: str) -> Callable[[], None]:

@@ -19,6 +19,7 @@ elements come on top, two where communication overlaps.
 from dataclasses import dataclass
 from typing import Any
 
+from ray_kd import plugins
 from ray_kd.config import RunConfig
 from ray_kd.plan.activations import Activations
 from ray_kd.plan.sizes import Size
@@ -74,10 +75,12 @@ class TeacherMemory:
     activations: float
     selection: float
     """A chunk of the head's logits and the groups that are kept of it."""
+    reserved: float = 0.0
+    """What the engine takes of the GPU whatever the model needs (`gpu_memory_utilization`)."""
 
     @property
     def most(self) -> float:
-        return self.weights + self.activations + self.selection
+        return max(self.weights + self.activations + self.selection, self.reserved)
 
 
 def worker_memory(
@@ -126,19 +129,32 @@ def loss_nbytes(config: RunConfig, teacher: Size, student: Size, teacher_itemsiz
     return float(nbytes)
 
 
-def teacher_memory(config: RunConfig, teacher: Size, itemsize: int, num_gpus: int, *, selects: bool) -> TeacherMemory:
+def teacher_memory(
+    config: RunConfig, teacher: Size, itemsize: int, num_gpus: int, *, selects: bool, looks: bool, nbytes: float | None
+) -> TeacherMemory:  # fmt: skip
     """Of a teacher actor on so many GPUs. No keys and values are kept: a row is one forward.
 
     While a layer of the forward runs: its input, two copies in its norm (fp32) and three of the MLP's width, or its
     attention's mask, in the weights' type and as booleans.
+
+    looks: at attention, which is eager then: the maps of all layers are held until the forward is over, and of one its
+    scores and its softmax in fp32. nbytes: of the GPU, of which an engine may take a share (`gpu_memory_utilization`).
     """
     length, rows = config.data.sequence_length, config.teacher.batch_size
     places = rows * length if config.teacher.batch_tokens is None else max(length, config.teacher.batch_tokens)
     of_layer = places * (itemsize * (2 * teacher.width + 3 * teacher.intermediate) + 8 * teacher.width)
     mask = places * length * (1 + itemsize)
+    one_layer = places // length * length**2 * teacher.heads if looks else 0
+    maps = one_layer * (itemsize * teacher.layers + itemsize + 4)
     chunk = min(CHUNK_SIZE, places)
     selection = 2 * TILE_NBYTES + chunk * config.teacher.top_k * GROUP_SIZE * 2 * itemsize if selects else 0
-    return TeacherMemory(itemsize * teacher.parameters / num_gpus, float(of_layer + mask), float(selection))
+    weights, activations = itemsize * teacher.parameters / num_gpus, float(of_layer + mask + maps)
+    _, engine = plugins.options("teacher.engines", config.teacher.engine, "teacher.engine")
+    reserved = 0.0 if nbytes is None else nbytes * (getattr(engine, "gpu_memory_utilization", None) or 0.0)
+    # vLLM then looks at no share: it takes that for keys and values beside the rest.
+    if (cached := (getattr(engine, "options", None) or {}).get("kv_cache_memory_bytes")) is not None:
+        reserved = weights + activations + selection + float(cached)
+    return TeacherMemory(weights, activations, float(selection), reserved)
 
 
 def checkpoint_nbytes(student: Size) -> int:

@@ -182,17 +182,20 @@ def plan(config: RunConfig, asked: Asked) -> Plan:
     work = _work(config, asked, assumptions)
     is_dense = config.teacher.payload == HIDDEN_STATES
     is_sparse = not is_dense and config.loss.tail == "renormalize" and not _has_ce(config)
+    attention = _looks_at_attention(config, configs[0], own)
     teachers, flops = [], None
     for (one, alone), model in zip(each_teacher(config), configs, strict=True):
         size = size_of(model, "teacher")
         found = flops_of(alone, size, student, targets=work.targets, is_dense=is_dense, is_sparse=is_sparse)
         flops = flops or found
-        teachers.append(_teacher(alone, one.name or "" if one else "teacher", size, model, found.teacher, asked))
+        teachers.append(
+            _teacher(alone, one.name or "" if one else "teacher", size, model, found.teacher, asked, attention)
+        )
     assert flops is not None
     if len(teachers) > 1:
         assumptions.append("each of the teachers is taken to answer every row")
     device = _device(asked.student_device, "--student-device", config.train.gpus_per_worker > 0)
-    (fewest, workers), attention = worker_range(config.train), _looks_at_attention(config, configs[0], own)
+    fewest, workers = worker_range(config.train)
     activations = activations_of(
         student_of, config.student, config.train.micro_batch_size, config.data.sequence_length, attention
     )
@@ -312,7 +315,7 @@ def _device(name: str | None, option: str, on_gpu: bool) -> Device:
 
 
 def _teacher(
-    alone: RunConfig, name: str, size: Size, model: "PreTrainedConfig", flops: float, asked: Asked
+    alone: RunConfig, name: str, size: Size, model: "PreTrainedConfig", flops: float, asked: Asked, looks: bool
 ) -> Teacher:  # fmt: skip
     options, is_local = alone.teacher, _is_local(alone)
     saved = str(getattr(model, "dtype", None) or "float32").removeprefix("torch.")
@@ -324,7 +327,9 @@ def _teacher(
     found = None
     if is_local:
         selects = options.payload != HIDDEN_STATES
-        found = memory.teacher_memory(alone, size, ITEMSIZE[dtype], max(1, int(pool.num_gpus)), selects=selects)
+        found = memory.teacher_memory(
+            alone, size, ITEMSIZE[dtype], max(1, int(pool.num_gpus)), selects=selects, looks=looks, nbytes=device.nbytes
+        )
     return Teacher(name, size, dtype, found, device, processes, gpus_each, flops)
 
 
@@ -366,10 +371,12 @@ def _balance(
         measured = _measured(config, asked, teachers, teacher_of, student_of, student, work)
         a_step = config.train.global_batch_size * config.data.sequence_length / workers
         share = 1 if config.train.zero_stage == 0 else workers
+        if config.teacher.payload == FEATURES:
+            assumptions.append("what feature terms take of a student's token is not in what was measured")
         assumptions.append("rates are of random models of these widths on this machine, extrapolated over their layers")
         seconds = measured.teacher, measured.student + measured.step / share / a_step
-        processes = turns if shared else (teachers[0].processes, workers)
-        pools = [Pool(n, 1.0, s) for n, s in zip(processes, seconds, strict=True)]
+        counts = turns if shared else (teachers[0].processes, workers)
+        pools = [Pool(n, 1.0, s) for n, s in zip(counts, seconds, strict=True)]
         if shared:
             where = "the GPUs that they share" if is_shared else "this machine's cores"
             assumptions.append(f"teacher and student take turns on {where}")

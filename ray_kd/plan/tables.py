@@ -59,16 +59,17 @@ def _worker(plan: Plan) -> str:
 
 
 def _teachers(plan: Plan) -> str:
-    rows = [["GB of a teacher on each of its GPUs", "weights", "activations", "top-k", "most", "fits"]]
+    rows = [["GB of a teacher on each of its GPUs", "weights", "activations", "top-k", "reserved", "most", "fits"]]
     for number, teacher in enumerate(plan.teachers):
         found: TeacherMemory | None = teacher.memory
         if found is None:
-            rows.append([f"{teacher.name} (on a server)", "-", "-", "-", "-", "-"])
+            rows.append([f"{teacher.name} (on a server)", "-", "-", "-", "-", "-", "-"])
             continue
         is_fitting = plan.teacher_fits(number)
         fits = "-" if is_fitting is None else "yes" if is_fitting else "NO"
         where = f"{teacher.name} ({teacher.device.name}, {teacher.processes} x {teacher.gpus_each:g})"
-        rows.append([where, *map(_gb, (found.weights, found.activations, found.selection, found.most)), fits])
+        parts = found.weights, found.activations, found.selection, found.reserved, found.most
+        rows.append([where, *map(_gb, parts), fits])
     return _table(rows)
 
 

@@ -145,9 +145,24 @@ def deepspeed_config(
     return _merged(config, overrides or {})
 
 
+_SECTIONS = ("zero_optimization", "bf16", "fp16", "data_types", "timers", "timers.throughput")
+_BUCKETS = tuple(
+    f"zero_optimization.{name}"
+    for name in ("reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size")
+)
+
+
 def check_overrides(overrides: Mapping[str, Any]) -> None:
-    """Raise ConfigError for an entry of `train.deepspeed` that has a key of its own, or that loses count or state."""
+    """Raise ConfigError for an entry of `train.deepspeed` that has a key of its own, or that loses count or state.
+
+    Also for a section that is no mapping and for a bucket that is no number of elements.
+    """
     for path, value in _entries(overrides):
+        if path in _SECTIONS and not isinstance(value, Mapping):
+            raise ConfigError(f"train.deepspeed.{path} is {value!r}: allowed is a mapping of its options")
+        is_size = isinstance(value, int | float) and not isinstance(value, bool) and value >= 1 and value % 1 == 0
+        if path in _BUCKETS and not is_size:
+            raise ConfigError(f"train.deepspeed.{path} is {value!r}: allowed is a whole number of elements, 1 or more")
         if (key := _OWN_KEYS.get(path)) is not None:
             raise ConfigError(f"train.deepspeed.{path} is {value!r}: allowed is to leave it to {key}")
         allowed, reason = _NEEDED.get(path, ((value,), ""))

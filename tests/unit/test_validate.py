@@ -406,6 +406,11 @@ def test_every_number_and_choice_has_its_range(load, key, wrong, right):
             "zero_optimization.offload_optimizer.device=nvme",
             "is 'nvme': allowed is none | cpu (checkpoints do not cover it)",
         ),
+        ("zero_optimization=3", "is 3: allowed is a mapping of its options"),
+        (
+            "zero_optimization.reduce_bucket_size=auto",
+            "is 'auto': allowed is a whole number of elements, 1 or more",
+        ),
         ("tensor_parallel={autotp_size: 2}", "is {'autotp_size': 2}: allowed is null (checkpoints do not cover it)"),
     ],
 )

@@ -114,6 +114,55 @@ def test_activations_are_what_autograd_keeps():
     assert less.nbytes < planned.nbytes / 5 < 2 * less.recomputed
 
 
+def test_maps_that_attention_terms_look_at_stay_with_checkpointed_layers():
+    made, rows, length = model_config(num_hidden_layers=5), 2, 64
+    model = transformers.AutoModelForCausalLM.from_config(made, attn_implementation="eager").train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+    held = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            held[storage.data_ptr()] = storage
+        return tensor
+
+    positions = torch.arange(length).expand(rows, length)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        ids = torch.zeros(rows, length, dtype=torch.long)
+        found = models.decoder_outputs(model, ids, positions, (), range(5))
+    assert found.last.requires_grad
+    for maps in found.attentions:
+        keep(maps)
+    planned = activations_of(made, Student(gradient_checkpointing=True), rows, length, is_eager=True)
+    assert planned.nbytes == pytest.approx(sum(s.nbytes() for s in held.values()), rel=0.05)
+
+
+def test_a_teacher_that_is_looked_at_holds_its_maps(folders):
+    terms = ("teacher.payload=features", "loss.terms=[{kind: kd}, {kind: attention, heads: mean}]")
+    plain, looked = (
+        plan(loaded(*given, teacher=folders["teacher"], student=folders["student"]), Asked(rows=10)).teachers[0].memory
+        for given in ((), terms)
+    )
+    made = transformers.AutoConfig.from_pretrained(folders["teacher"])
+    maps = models.attention_nbytes(made, 4, 32, 4)  # teacher.batch_size rows
+    assert maps <= looked.activations - plain.activations <= 2 * maps
+
+
+def test_an_engine_that_reserves_its_gpu_leaves_the_rest(folders):
+    parts = ("train.gpus_per_worker=0.4", "teacher.pool.num_gpus=0.6")
+    # 0.6 of 24 GB leave 9.6, and 1.5 of them are for no tensor.
+    for nbytes, fits in ((8e9, True), (8.2e9, False)):
+        found = on_gpus(
+            folders, *parts, "teacher.engine={kind: vllm, gpu_memory_utilization: 0.6}", student_device="L4"
+        )
+        assert found.teachers[0].memory.most == pytest.approx(14.4e9)
+        worker = found.stages[2]
+        assert found.fits(replace(worker, weights=worker.weights + nbytes - worker.most)) is fits
+    cached = "teacher.engine={kind: vllm, options: {kv_cache_memory_bytes: 4000000000}}"
+    assert 4e9 < on_gpus(folders, *parts, cached, student_device="L4").teachers[0].memory.most < 4.1e9
+
+
 @pytest.fixture(scope="module")
 def engines(tmp_path_factory):
     folder = tmp_path_factory.mktemp("engines")
@@ -277,6 +326,28 @@ def test_a_measured_plan_has_rates(folders):
     assert measured.balance.is_shared
     assert measured.hours is not None
     assert measured.simulated == []
+
+
+def test_a_measured_plan_counts_frozen_layers(tmp_path, monkeypatch):
+    """Clocked by FLOPs, so that no other process on the machine is measured."""
+    sizes = {"num_hidden_layers": 6, "tie_word_embeddings": False}
+    model_config(**sizes).save_pretrained(tmp_path)
+
+    def counted(run, rounds):
+        with FlopCounterMode(display=False) as counter:
+            run()
+        return counter.get_total_flops() / 1e9
+
+    monkeypatch.setattr("ray_kd.plan.measure._best", counted)
+    for freeze in ([], ["layers.0-4", "embeddings"], ["layers.0-4", "embeddings", "head"], ["layers.1-4"]):
+        run = loaded(f"student.freeze=[{','.join(freeze)}]", teacher=tmp_path, student=tmp_path)
+        found = plan(run, Asked(is_measured=True, rows=8))
+        decoder = found.student.forward + found.student.backward  # the counter knows no fused attention of CPUs
+        if not freeze:
+            beside = found.balance.student.seconds_per_token - decoder / 1e9
+        elif "head" not in freeze:
+            left = found.balance.student.seconds_per_token - beside
+            assert left == pytest.approx(decoder / 1e9, rel=0.1), freeze
 
 
 def test_mistakes_are_one_line(folders, tmp_path, capsys):
