@@ -410,7 +410,7 @@ def check_models(config: RunConfig) -> Models:
         ):
             logger.warning("teacher and student are the same model: the distillation loss starts at 0")
     elif config.student.init is not None:
-        _check_init(config.student.init, teacher)
+        check_init(config.student.init, teacher)
     objectives.check_models(config, teacher, student)
     if has_frozen(config.student):
         _check_trainable(config.student, student or teacher)
@@ -464,14 +464,20 @@ def _check_teacher(config: RunConfig, lends_layers: bool) -> "PreTrainedConfig":
     engine, _ = plugins.options("teacher.engines", teacher.engine, "teacher.engine")
     needs_weights = engine.Engine.is_local_model or lends_layers
     found = models.check_model(teacher.model, teacher.revision, "teacher", needs_weights)
-    needs_topk = teacher.payload != HIDDEN_STATES or _is_evaluated_by_topk(config, engine.Engine)
     vocab_size = models.shared_vocab_size(teacher) or found.vocab_size
     _require(vocab_size <= found.vocab_size, "teacher.vocabulary", teacher.vocabulary,
              f"{STRICT}: the tokenizer has {vocab_size} ids and the teacher's head only {found.vocab_size} rows",
     )  # fmt: skip
-    _require(not needs_topk or teacher.top_k <= vocab_size, "teacher.top_k", teacher.top_k,
-             f"at most the teacher's vocabulary of {vocab_size}")  # fmt: skip
+    check_top_k(config, vocab_size)
     return found
+
+
+def check_top_k(config: RunConfig, vocab_size: int) -> None:
+    """Whether a single teacher's distribution has as many tokens as it is asked for, if it is."""
+    engine, _ = plugins.options("teacher.engines", config.teacher.engine, "teacher.engine")
+    needs_topk = config.teacher.payload != HIDDEN_STATES or _is_evaluated_by_topk(config, engine.Engine)
+    _require(not needs_topk or config.teacher.top_k <= vocab_size, "teacher.top_k", config.teacher.top_k,
+             f"at most the teacher's vocabulary of {vocab_size}")  # fmt: skip
 
 
 def _check_same_tokens(config: RunConfig, found: "Sequence[PreTrainedConfig]") -> None:
@@ -524,7 +530,8 @@ def _temperatures(temperature: float, engine: Any) -> list[float]:
     return [1, temperature] if getattr(engine, "any_temperature", True) else [1]
 
 
-def _check_init(init: StudentInit, teacher: "PreTrainedConfig") -> None:
+def check_init(init: StudentInit, teacher: "PreTrainedConfig") -> None:
+    """Whether a student can be made of a teacher with this config."""
     from ray_kd import models
 
     _require(init.calibration_rows >= 1, "student.init.calibration_rows", init.calibration_rows, "1 or more")

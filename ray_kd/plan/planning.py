@@ -25,7 +25,7 @@ from ray_kd.plan.placement import Gpu, are_apart, place
 from ray_kd.plan.rates import MFU, Balance, Pool, seconds_of
 from ray_kd.plan.scale import Simulated, Workers, simulate
 from ray_kd.plan.sizes import Flops, Size, flops_of, size_of, student_config, with_projectors
-from ray_kd.validate import check_settings
+from ray_kd.validate import check_init, check_settings, check_top_k
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -171,6 +171,10 @@ def plan(config: RunConfig, asked: Asked) -> Plan:
     gpus, asked = _placed(config, asked)
     configs = [_config_of(alone, "teacher") for _, alone in each_teacher(config)]
     own = _config_of(config, "student") if config.student.model is not None else None
+    for (_, alone), model in zip(each_teacher(config), configs, strict=True):
+        check_top_k(alone, model.vocab_size)
+    if own is None and config.student.init is not None:
+        check_init(config.student.init, configs[0])
     objectives.check_models(config, configs[0], own)
     models.require_plain_head(own or configs[0])
     student_of = student_config(config.student, configs[0], own)

@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from ray_kd import models
 from ray_kd.config import Lora, RunConfig, Student
 from ray_kd.errors import ConfigError
-from ray_kd.models.widths import config_values, head_dim_of
+from ray_kd.models.widths import head_dim_of
 
 _PLAIN = (nn.Linear, Conv1D, nn.Embedding)
 
@@ -111,11 +111,7 @@ def student_config(student: Student, teacher: PreTrainedConfig, own: PreTrainedC
     if own is not None:
         return own
     assert student.init is not None  # validate: exactly one of model and init
-    cut = models.config_of_layers(teacher, student.init.layers)
-    if not (asked := models.asked_widths(student.init)):
-        return cut
-    widths = models.check_widths(teacher, asked)
-    return type(cut).from_dict(cut.to_dict() | config_values(teacher, widths))
+    return models.config_of_init(teacher, student.init)
 
 
 def with_projectors(size: Size, num_parameters: int) -> Size:

@@ -362,6 +362,8 @@ def test_mistakes_are_one_line(folders, tmp_path, capsys):
         (["--measure", "train.gpus_per_worker=1"], "which has no GPU"),
         (["teacher.model=no/such/model"], "teacher.model"),
         (["student.model=null"], "student.model and student.init"),
+        (["student.model=null", "student.init.layers=99"], "student.init.layers is 99: allowed is 1 to"),
+        (["teacher.top_k=99999999"], "teacher.top_k is 99999999: allowed is at most the teacher's vocabulary"),
     ):
         if "no GPU" in message and torch.cuda.is_available():
             continue
