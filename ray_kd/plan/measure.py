@@ -1,14 +1,16 @@
-"""Seconds of a teacher's and of a student's token on this machine: a few passes of their real widths, few layers.
+"""Seconds of a teacher's and of a student's token on this machine: a few passes of models of their widths.
 
-Random weights, layers of the two models' widths, the real vocabulary, the micro-batches of the config. Models of one
-and of three layers are timed, and the time of L layers is t(1) + (L - 1) (t(3) - t(1)) / 2. The teacher's pass is that
-of the engine `hf` (decoder, top-k), the student's that of `DistillModule` (decoder, fused loss, backward), and AdamW's
-step is timed by its parameters. Layers of `student.freeze` are timed as if they trained; of what the decoder's backward
-takes, the share of its FLOPs that is left with them frozen is counted. Packing, payloads, Ray and checkpoints are left
-out. All cores; the best of some rounds.
+Random weights, layers of the two models' widths, the real vocabulary, the micro-batches of the config, the threads that
+each process of the run has. Small models are timed as they are; of others one and three layers, and the time of L
+layers is t(1) + (L - 1) (t(3) - t(1)) / 2 (10 % too little for SmolLM2-135M, whose single layers stay in the caches).
+The teacher's pass is that of the engine `hf` (decoder, top-k), the student's that of `DistillModule` (decoder, fused
+loss, backward), and AdamW's step is timed by its parameters. Layers of `student.freeze` are timed as if they trained;
+of what the decoder's backward takes, the share of its FLOPs that is left with them frozen is counted. Packing,
+payloads, Ray and checkpoints are left out. The median of some rounds.
 """
 
 import copy
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,13 +31,16 @@ from ray_kd.plan.sizes import Size, size_of
 from ray_kd.teacher.topk import topk_logprobs
 
 _LAYERS = (1, 3)
+_WHOLE = 250_000_000
+"""Parameters up to which a model is timed with all of its layers: 2 GB with gradients in fp32."""
+
 _STEPPED = 2**22
 """Parameters of which AdamW's step is timed: beyond the caches."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds on all cores of this machine, or on its GPU."""
+    """Seconds of this machine's GPU, or of all its cores: those of a process that uses half of them count half."""
 
     teacher: float
     """Of a position, one process alone."""
@@ -49,31 +54,40 @@ def measure(
     config: RunConfig, teacher: PreTrainedConfig, student: PreTrainedConfig, sizes: tuple[Size, Size],
     teacher_dtype: str, targets: float, rounds: int = 5,
 ) -> Measured:  # fmt: skip
-    """Time both models here. targets: share of positions that have one. Seconds to a minute; memory of three layers."""
-    torch.set_num_threads(cluster.physical_cores())
+    """Time both models here. targets: share of positions that have one. Seconds to a minute."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    cores, threads = cluster.physical_cores(), cluster.Threads.of(config)
+    threads_of = [min(cores, number) for number in (threads.of_teacher(config.teacher), threads.worker)]
+    teacher_share, student_share = [1.0 if device == "cuda" else number / cores for number in threads_of]
+    depths = [
+        (size.layers,) if size.parameters <= _WHOLE and not config.student.freeze else _LAYERS for size in sizes
+    ]  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        of_teacher = [_teacher_pass(config, teacher, n, teacher_dtype, targets, device) for n in _LAYERS]
-        of_student = [_student_pass(config, student, sizes[0], n, targets, device) for n in _LAYERS]
+        of_teacher = [_teacher_pass(config, teacher, n, teacher_dtype, targets, device) for n in depths[0]]
+        of_student = [_student_pass(config, student, sizes[0], n, targets, device) for n in depths[1]]
     rows = config.teacher.batch_size if config.teacher.batch_tokens is None else 1
     length = config.data.sequence_length
-    teacher_s = _extrapolated([_best(run, rounds) for run in of_teacher], sizes[0].layers)
-    both = [_best(run, rounds) for run, _ in of_student]
+    torch.set_num_threads(threads_of[0])
+    teacher_s = _extrapolated([_seconds(run, rounds) for run in of_teacher], sizes[0].layers)
+    torch.set_num_threads(threads_of[1])
+    both = [_seconds(run, rounds) for run, _ in of_student]
     student_s = _extrapolated(both, sizes[1].layers)
     if config.student.freeze:
         whole = size_of(student, "student")
         share = _backward(sizes[1], length) / _backward(whole, length)
-        forwards = [_best(run, rounds) for _, run in of_student]
+        forwards = [_seconds(run, rounds) for _, run in of_student]
         student_s -= (1 - share) * sizes[1].layers * max(0.0, _per_layer(both) - _per_layer(forwards))
     return Measured(
-        teacher_s / (rows * length),
-        student_s / (config.train.micro_batch_size * length),
-        _best(_adam_step(device), rounds) * sizes[1].trained / _STEPPED,
+        teacher_share * teacher_s / (rows * length),
+        student_share * student_s / (config.train.micro_batch_size * length),
+        student_share * _seconds(_adam_step(device), rounds) * sizes[1].trained / _STEPPED,
     )
 
 
 def _extrapolated(seconds: list[float], layers: int) -> float:
+    if len(seconds) == 1:  # of all layers
+        return seconds[0]
     return seconds[0] + (layers - _LAYERS[0]) * _per_layer(seconds)
 
 
@@ -87,7 +101,7 @@ def _backward(size: Size, length: int) -> float:
     return size.backward + 2 * size.layers_that_flow * size.attention(length)
 
 
-def _best(run: Callable[[], None], rounds: int) -> float:
+def _seconds(run: Callable[[], None], rounds: int) -> float:
     run()
     seconds = []
     for _ in range(rounds):
@@ -96,7 +110,7 @@ def _best(run: Callable[[], None], rounds: int) -> float:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
-    return min(seconds)
+    return statistics.median(seconds)
 
 
 def _model(config: PreTrainedConfig, layers: int, dtype: str, device: str) -> Any:

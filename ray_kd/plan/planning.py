@@ -377,7 +377,7 @@ def _balance(
         share = 1 if config.train.zero_stage == 0 else workers
         if config.teacher.payload == FEATURES:
             assumptions.append("what feature terms take of a student's token is not in what was measured")
-        assumptions.append("rates are of random models of these widths on this machine, extrapolated over their layers")
+        assumptions.append("rates are of random models of these widths on this machine, large ones by a few layers")
         seconds = measured.teacher, measured.student + measured.step / share / a_step
         counts = turns if shared else (teachers[0].processes, workers)
         pools = [Pool(n, 1.0, s) for n, s in zip(counts, seconds, strict=True)]

@@ -12,7 +12,7 @@ import torch
 import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
-from ray_kd import cli, config, models
+from ray_kd import cli, cluster, config, models
 from ray_kd.config import Lora, Student
 from ray_kd.payloads import HiddenStates, topk_logprobs
 from ray_kd.plan import Asked, describe, plan
@@ -338,9 +338,10 @@ def test_a_measured_plan_counts_frozen_layers(tmp_path, monkeypatch):
             run()
         return counter.get_total_flops() / 1e9
 
-    monkeypatch.setattr("ray_kd.plan.measure._best", counted)
+    monkeypatch.setattr("ray_kd.plan.measure._seconds", counted)
     for freeze in ([], ["layers.0-4", "embeddings"], ["layers.0-4", "embeddings", "head"], ["layers.1-4"]):
-        run = loaded(f"student.freeze=[{','.join(freeze)}]", teacher=tmp_path, student=tmp_path)
+        every_core = f"train.threads_per_worker={cluster.physical_cores()}"
+        run = loaded(f"student.freeze=[{','.join(freeze)}]", every_core, teacher=tmp_path, student=tmp_path)
         found = plan(run, Asked(is_measured=True, rows=8))
         decoder = found.student.forward + found.student.backward  # the counter knows no fused attention of CPUs
         if not freeze:
