@@ -127,7 +127,8 @@ SECURITY = [
     Mutation("token_authentication_is_on", {"RayCluster/ray-kd/spec/authOptions": REMOVE}, CLUSTER),
     Mutation("secrets_are_not_written_down",
              {f"{TEACHER}/{FIRST}/env/-": {"name": "HF_TOKEN", "value": "not-a-secret"}}),
-    Mutation("secrets_are_not_written_down", run_with("models/student", "https://me:word@host/student")),
+    Mutation("secrets_are_not_written_down", run_with("models/student", "https://me:word@host/student"), also=(
+        "run_fits_the_cluster",)),  # such a config is not read at all
     Mutation("network_is_closed", {f"{TEACHER}/template/metadata/labels/app.kubernetes.io~part-of": REMOVE}),
     Mutation("network_is_closed", {"NetworkPolicy/ray-kd-default-deny/spec/egress": [{}]}),
     Mutation("network_is_closed", {"NetworkPolicy/ray-kd-operator/spec/ingress/0/from": REMOVE}),
