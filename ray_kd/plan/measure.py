@@ -4,9 +4,9 @@ Random weights, layers of the two models' widths, the real vocabulary, the micro
 each process of the run has. Small models are timed as they are; of others one and three layers, and the time of L
 layers is t(1) + (L - 1) (t(3) - t(1)) / 2 (10 % too little for SmolLM2-135M, whose single layers stay in the caches).
 The teacher's pass is that of the engine `hf` (decoder, top-k), the student's that of `DistillModule` (decoder, fused
-loss, backward), and AdamW's step is timed by its parameters. Layers of `student.freeze` are timed as if they trained;
-of what the decoder's backward takes, the share of its FLOPs that is left with them frozen is counted. Packing,
-payloads, Ray and checkpoints are left out. The median of some rounds.
+loss, backward), and the reduction of gradients with AdamW's step is timed by its parameters. Layers of `student.freeze`
+are timed as if they trained; of what the decoder's backward takes, the share of its FLOPs that is left with them frozen
+is counted. Packing, payloads and checkpoints are left out; half a core is Ray's. The median of some rounds.
 """
 
 import copy
@@ -34,6 +34,9 @@ _LAYERS = (1, 3)
 _WHOLE = 250_000_000
 """Parameters up to which a model is timed with all of its layers: 2 GB with gradients in fp32."""
 
+_RAY_CORES = 0.5
+"""Of a local Ray's own processes (raylet, executor, controller, splitter) while a run is on, as `top` showed them."""
+
 _STEPPED = 2**22
 """Parameters of which AdamW's step is timed: beyond the caches."""
 
@@ -58,7 +61,8 @@ def measure(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     cores, threads = cluster.physical_cores(), cluster.Threads.of(config)
     threads_of = [min(cores, number) for number in (threads.of_teacher(config.teacher), threads.worker)]
-    teacher_share, student_share = [1.0 if device == "cuda" else number / cores for number in threads_of]
+    free = max(0.5, cores - _RAY_CORES)
+    teacher_share, student_share = [1.0 if device == "cuda" else number / free for number in threads_of]
     depths = [
         (size.layers,) if size.parameters <= _WHOLE and not config.student.freeze else _LAYERS for size in sizes
     ]  # fmt: skip
@@ -197,8 +201,12 @@ def _adam_step(device: str) -> Callable[[], None]:
     weight = torch.nn.Parameter(torch.randn(_STEPPED, device=device))
     weight.grad = torch.randn(_STEPPED, device=device)
     optimizer = torch.optim.AdamW([weight], fused=True)
+    parts = weight.grad.chunk(8)
 
     def run() -> None:
+        # DeepSpeed's reduction at stage 0, of one worker as well: one flat tensor, and back.
+        for part, reduced in zip(parts, torch.cat(parts).chunk(8), strict=True):
+            part.copy_(reduced)
         torch.nn.utils.clip_grad_norm_([weight], 1.0)
         optimizer.step()
 

@@ -339,6 +339,7 @@ def test_a_measured_plan_counts_frozen_layers(tmp_path, monkeypatch):
         return counter.get_total_flops() / 1e9
 
     monkeypatch.setattr("ray_kd.plan.measure._seconds", counted)
+    monkeypatch.setattr("ray_kd.plan.measure._RAY_CORES", 0)
     for freeze in ([], ["layers.0-4", "embeddings"], ["layers.0-4", "embeddings", "head"], ["layers.1-4"]):
         every_core = f"train.threads_per_worker={cluster.physical_cores()}"
         run = loaded(f"student.freeze=[{','.join(freeze)}]", every_core, teacher=tmp_path, student=tmp_path)
